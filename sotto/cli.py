@@ -1,0 +1,265 @@
+"""The command line: each sub-command calls the public function of the same name and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sotto.errors import SottoError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Fine-tune language models on sensitive text under a privacy and a memory budget.")  # fmt: skip
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as 'sotto init' writes it.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Runs the command line; errors that a user can cause are printed without a traceback."""
+    try:
+        # Typer turns Ctrl-C into an exit code that it returns, or, in older releases, into an exception of its own.
+        if app(standalone_mode=False) == INTERRUPTED:
+            _exit_interrupted()
+    except SottoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _exit_interrupted()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        _exit_on_usage(error)
+        raise
+
+
+def _exit_interrupted() -> None:
+    print(
+        "\nInterrupted. What was finished is on disk: see 'sotto ls', and go on with 'sotto resume'.", file=sys.stderr
+    )
+    sys.exit(INTERRUPTED)
+
+
+def _exit_on_usage(error: Exception) -> None:
+    """Says what is wrong with the command line, like every other error. `sotto` alone shows the help instead."""
+    message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if not callable(message) or not isinstance(code, int):
+        return
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "sotto"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message(), file=sys.stderr)
+    else:
+        print(SottoError("SOT109", what=str(message()), where=command, why="the command cannot be understood",
+                         fix=f"{command} --help"), file=sys.stderr)  # fmt: skip
+    sys.exit(code)
+
+
+def _load(path: Path, sets: list[str] | None) -> Any:
+    from sotto.config import Config
+
+    return Config.load(path, sets or [])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="A local folder or a Hub name.")],
+    data: Annotated[str, typer.Option(help="The training file.")],
+    text: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the class.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
+    completion: Annotated[str | None, typer.Option(help="Column of the completion.")] = None,
+    unit: Annotated[str | None, typer.Option(help="Column of the protected person, or 'record'.")] = None,
+    epsilon: Annotated[float, typer.Option(help="The privacy budget.")] = 4.0,
+) -> None:
+    """Print a commented configuration for a model and a data file."""
+    from sotto import commands
+
+    print(commands.init(model, data, text, label, unit, epsilon, prompt, completion))
+
+
+@app.command()
+def plan(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
+    """Show noise, steps, epsilon, memory and alternatives before any data is touched."""
+    from sotto import commands
+    from sotto.report import plan_text
+
+    made = commands.plan(_load(config, set))
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        print(plan_text.render(made))
+
+
+@app.command()
+def check(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
+    """Examine the dataset: rows, units, duplicates. Prints counts and line numbers, never text."""
+    from sotto import commands
+
+    report = commands.check(_load(config, set))
+    _print_json(report.to_dict()) if as_json else print(report.render())
+
+
+@app.command()
+def train(config: ConfigPath, set: Sets = None) -> None:
+    """Fine-tune a model within its privacy budget."""
+    from sotto import session
+
+    _work(session.start(_load(config, set), config.stem))
+
+
+@app.command()
+def resume(run: RunPath) -> None:
+    """Continue a run after a crash or Ctrl-C."""
+    from sotto import commands, session
+
+    path = commands.find_run(run)
+    if (done := commands._finished(path)) is not None:
+        _report(done)
+    else:
+        _work(session.resume(path))
+
+
+def _work(session: Any) -> None:
+    from sotto import commands
+    from sotto.report.progress import announce, progress_line
+
+    announce(session)
+    with progress_line(session) as update:
+        run = commands._run(session, update)
+    _report(run)
+
+
+def _report(run: Any) -> None:
+    from sotto import commands
+
+    for note in run.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not run.finished:
+        print(f"Stopped after step {run.steps}. Continue with: sotto resume {run.path}", file=sys.stderr)
+        sys.exit(130)
+    print(run.statement or commands.show(run.path))
+    print(f"run folder: {run.path}")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[str | None, typer.Option(help="Held-out file; default: data.eval of the run.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run on held-out data. The score is an exact function of that data."""
+    from sotto import commands
+
+    scores = commands.evaluate(commands.find_run(run), data, batch_size)
+    if as_json:
+        _print_json(scores)
+    else:
+        for name, value in scores.items():
+            print(f"{name:<15} {value:,.4f}" if isinstance(value, float) else f"{name:<15} {value:,}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Repeat the same sample.")] = None,
+) -> None:
+    """Continue a prompt with a trained model."""
+    from sotto import commands
+
+    print(commands.generate(commands.find_run(run), prompt, max_new_tokens, temperature, seed))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    mode: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
+) -> None:
+    """Write a run's model as a Hugging Face folder or a peft adapter."""
+    from sotto import commands
+
+    if mode not in ("merged", "adapter"):
+        raise SottoError("SOT511", what=f"unknown mode '{mode}'", where="--mode", why="there are two forms",
+                         fix="merged or adapter")  # fmt: skip
+    print(commands.export(commands.find_run(run), to, mode))
+
+
+@app.command()
+def ls(directory: Annotated[Path, typer.Argument()] = Path("runs"), as_json: AsJson = False) -> None:
+    """List runs."""
+    from sotto import commands
+
+    runs = commands.ls(directory)
+    if as_json:
+        _print_json(runs)
+    elif not runs:
+        print(f"no runs in {directory}")
+    else:
+        for run in runs:
+            epsilon = "NOT PRIVATE" if not run["private"] else f"epsilon {run['epsilon'] or '-'}"
+            print(f"{run['run']:<50} {run['state']:<11} {run['step']}/{run['steps']} steps   {epsilon}")
+
+
+@app.command()
+def show(run: RunPath) -> None:
+    """Print the statement of a run."""
+    from sotto import commands
+
+    print(commands.show(commands.find_run(run)))
+
+
+@app.command()
+def ledger(
+    config: ConfigPath,
+    set: Sets = None,
+    budget_epsilon: Annotated[float | None, typer.Option(help="Set the dataset's own budget.")] = None,
+    budget_delta: Annotated[float | None, typer.Option(help="Its delta; default: privacy.delta.")] = None,
+    close: Annotated[str | None, typer.Option(metavar="RUN", help="A run that will not go on: free its plan.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what all runs have spent on a dataset, set its budget, or close a run."""
+    from sotto import commands
+    from sotto.report import ledger_text
+
+    summary = commands.ledger(_load(config, set), budget_epsilon, budget_delta, close)
+    _print_json(summary) if as_json else print(ledger_text.render(summary))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine."""
+    from sotto import commands
+
+    checks = commands.doctor()
+    if as_json:
+        _print_json([{"check": name, "passed": passed, "detail": detail} for name, passed, detail in checks])
+    else:
+        for name, passed, detail in checks:
+            print(f"{'ok  ' if passed else 'FAIL'}  {name:<14} {detail}")
+    if not all(passed for _, passed, _ in checks):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

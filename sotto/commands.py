@@ -1,0 +1,313 @@
+"""One sub-command of `sotto` = one function here = one public Python function of the same name.
+
+Heavy libraries are imported inside, so that `plan` answers in a second and `--help` at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sotto.config import Config
+from sotto.errors import SottoError, did_you_mean
+
+if TYPE_CHECKING:
+    from sotto.data import DataReport
+    from sotto.privacy.plan import Plan
+
+ConfigLike = Config | str | Path
+
+
+@dataclass
+class Run:
+    """A finished (or interrupted) run.
+
+    Attributes:
+      path: the run folder.
+      model: the trained model, in memory, in eval mode.
+      statement: the guarantee in words, or None for a run without one.
+      epsilon: what the run earned, an upper bound; None without a guarantee.
+      finished: False if it was stopped and can be resumed.
+      steps: steps taken.
+      notes: anything that did not go as planned.
+    """
+
+    path: Path
+    model: Any
+    statement: str | None
+    epsilon: float | None
+    finished: bool
+    steps: int
+    notes: list[str]
+
+
+def _config(config: ConfigLike) -> Config:
+    return config if isinstance(config, Config) else Config.load(config)
+
+
+def plan(config: ConfigLike) -> Plan:
+    """What a run will do and cost, from the configuration alone. Reads no data and no weights.
+
+    Returns:
+      The plan: noise_multiplier, sampling_prob, steps, planned epsilon, memory, and `plan.frontier()`.
+
+    Raises:
+      SottoError: a value is out of range, or the model's files are missing or unsafe.
+    """
+    from sotto import memory
+    from sotto.models import source
+    from sotto.privacy.plan import make_plan
+
+    config = _config(config)
+    facts = source.inspect(source.resolve(config.model.name, config.model.revision))
+    estimate = memory.estimate(facts, config)
+    parts = {
+        **dataclasses.asdict(estimate),
+        "total": estimate.total,
+        "trainable": memory.trainable_parameters(facts, config),
+    }
+    return dataclasses.replace(make_plan(config), memory=parts)
+
+
+def train(config: ConfigLike, progress: Callable[[int, dict[str, Any]], None] | None = None) -> Run:
+    """Fine-tunes a model within its privacy budget.
+
+    Args:
+      config: a Config, or the path of a YAML file.
+      progress: called after each step with (steps done, numbers); some of the numbers are private.
+
+    Raises:
+      SottoError: bad input; nothing has been written and nothing charged.
+      BudgetExceeded: the dataset's own budget does not allow the run.
+    """
+    from sotto import session
+
+    stem = Path(config).stem if isinstance(config, str | Path) else "run"
+    return _run(session.start(_config(config), stem), progress)
+
+
+def resume(path: str | Path, progress: Callable[[int, dict[str, Any]], None] | None = None) -> Run:
+    """Continues a run after a crash or a stop. Steps that have to be done again are charged again.
+
+    A run that has finished is only opened: nothing is trained, written or charged.
+    """
+    from sotto import session
+
+    return _finished(path) or _run(session.resume(path), progress)
+
+
+def _finished(path: str | Path) -> Run | None:
+    """A run that has nothing left to do, or None."""
+    from sotto.rundir import RunDir
+
+    run = RunDir.open(path)
+    if not run.finished:
+        return None
+    from sotto.finish import finished_again
+
+    model, facts, statement = finished_again(run)
+    steps = facts["steps"] if facts["private"] else run.read_json("plan.json")["steps"]
+    return Run(run.path, model, statement, facts.get("epsilon"), finished=True, steps=steps, notes=[])
+
+
+def _run(session: Any, progress: Callable[[int, dict[str, Any]], None] | None) -> Run:
+    from safetensors import SafetensorError
+
+    from sotto.finish import finish
+    from sotto.metrics import Metrics
+    from sotto.training import graceful_stop, train_loop
+
+    if progress is not None:
+        session.progress = progress
+    with session.held:
+        try:
+            metrics = Metrics(session.run.path, session.config.output.tensorboard)
+            try:
+                with graceful_stop(session):
+                    finished = train_loop(session, metrics)
+            finally:
+                metrics.close()
+            guarantee, statement = finish(session) if finished else (None, None)
+        except (OSError, SafetensorError) as error:
+            # safetensors reports a full disk in an exception of its own
+            where = str(getattr(error, "filename", None) or session.run.path)
+            raise SottoError(
+                "SOT505", what=f"cannot write: {getattr(error, 'strerror', None) or error}", where=where,
+                why="the disk is full or read-only; the last good checkpoint is untouched",
+                fix=f"make room, then: sotto resume {session.run.path}",
+            ) from error  # fmt: skip
+        finally:
+            session.engine.detach()
+    return Run(
+        path=session.run.path,
+        model=session.model.eval(),
+        statement=statement,
+        epsilon=guarantee.epsilon if guarantee else None,
+        finished=finished,
+        steps=session.step,
+        notes=session.notes,
+    )
+
+
+def evaluate(path: str | Path, data: str | None = None, batch_size: int = 64) -> dict[str, float]:
+    """Scores a run on held-out data.
+
+    Args:
+      path: a run folder.
+      data: a file of the shape of the training data; default: `data.eval` of the run.
+
+    Returns:
+      classification: accuracy, loss, examples. generation: nats_per_token, perplexity, examples, tokens.
+      These are exact functions of the evaluation data: if it is private, so are they.
+    """
+    from sotto.evaluation import evaluate_run
+
+    return evaluate_run(Path(path), data, batch_size)
+
+
+def generate(
+    path: str | Path, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int | None = None
+) -> str:
+    """Continues a prompt with a trained model. Greedy when temperature is 0.
+
+    Args:
+      path: a run folder or an exported model folder.
+    """
+    from sotto.evaluation import generate_text
+
+    return generate_text(Path(path), prompt, max_new_tokens, temperature, seed)
+
+
+def export(path: str | Path, to: str | Path, mode: Literal["merged", "adapter"] = "merged") -> Path:
+    """Writes a run's model as a Hugging Face folder (`merged`) or a peft adapter, with its card, and reads it back.
+
+    Args:
+      path: a run folder that has finished.
+      to: the folder to write; it must not exist.
+    """
+    from sotto.finish import export_run
+
+    return export_run(Path(path), Path(to), mode)
+
+
+def check(config: ConfigLike) -> DataReport:
+    """The dataset doctor: rows, units, duplicates across units, classes. Counts and line numbers only, never text."""
+    from sotto.data.load import load_dataset_for
+    from sotto.models import load as models_load
+    from sotto.models import source
+
+    config = _config(config)
+    tokenizer = models_load.load_tokenizer(source.resolve(config.model.name, config.model.revision))
+    return load_dataset_for(config, tokenizer, "train").report
+
+
+def ls(directory: str | Path = "runs") -> list[dict[str, Any]]:
+    """The runs in a folder: name, state, steps, epsilon."""
+    from sotto.metrics import last_step
+
+    found = []
+    for path in sorted(Path(directory).glob("[!.]*/plan.json")):
+        folder = path.parent
+        if not (folder / "private").is_dir():
+            continue  # somebody else's plan.json
+        planned = json.loads(path.read_text())
+        privacy = folder / "privacy.json"
+        done = json.loads(privacy.read_text()) if privacy.exists() else None
+        found.append(
+            {
+                "run": str(folder),
+                "state": "finished" if done else "unfinished",
+                "step": last_step(folder),
+                "steps": planned["steps"],
+                "epsilon": done.get("epsilon") if done else None,
+                "delta": planned["delta"],
+                "private": planned["not_private"] is None,
+            }
+        )
+    return found
+
+
+def show(path: str | Path) -> str:
+    """The statement of a run, or what is known of an unfinished one."""
+    from sotto.rundir import RunDir
+
+    run = RunDir.open(path)
+    planned = run.read_json("plan.json")
+    if planned["not_private"]:
+        return f"NOT PRIVATE: {planned['not_private']}.\nThis run has no guarantee and no statement.\n"
+    if run.finished:
+        return (run.path / "statement.txt").read_text()
+    return f"Unfinished: it has no statement yet. Continue it with: sotto resume {run.path}\n"
+
+
+def ledger(
+    config: ConfigLike, epsilon: float | None = None, delta: float | None = None, close: str | None = None
+) -> dict[str, Any]:
+    """What has been spent on a configuration's dataset, over all runs; with epsilon, sets the dataset's own budget.
+
+    Args:
+      epsilon, delta: a budget for the dataset as a whole; a run that would pass it is refused.
+      close: name of a run that will not go on. What it had planned and not spent becomes free; what it spent stays.
+    """
+    from sotto.data.load import ledger_id, load_dataset_for
+    from sotto.models import load as models_load
+    from sotto.models import source
+    from sotto.privacy.ledger import Ledger
+
+    config = _config(config)
+    relation = config.privacy.neighboring_relation
+    if delta is not None and epsilon is None:
+        raise SottoError("SOT401", what="a budget's delta was given without its epsilon", where="budget_delta",
+                         why="a budget is a pair of both", fix="give budget_epsilon as well")  # fmt: skip
+    tokenizer = models_load.load_tokenizer(source.resolve(config.model.name, config.model.revision))
+    book = Ledger.open(ledger_id(config, load_dataset_for(config, tokenizer, "train").fingerprint))
+    if epsilon is not None:
+        book.set_budget(epsilon, delta if delta is not None else config.privacy.delta, relation)
+    if close is not None:
+        book.close_run(close)
+    delta = config.privacy.delta
+    total = book.spent(delta, relation)
+    return {**book.summary(), "total": total, "total_delta": delta}
+
+
+def init(
+    model: str,
+    data: str,
+    text: str | None = None,
+    label: str | None = None,
+    unit: str | None = None,
+    epsilon: float = 4.0,
+    prompt: str | None = None,
+    completion: str | None = None,
+) -> str:
+    """Writes a commented configuration for a model and a data file. Reads the data to count units and list classes.
+
+    Returns:
+      YAML text.
+    """
+    from sotto.initialise import write_yaml
+
+    return write_yaml(
+        model=model, data=data, text=text, label=label, unit=unit, epsilon=epsilon, prompt=prompt, completion=completion
+    )
+
+
+def doctor() -> list[tuple[str, bool, str]]:
+    """Checks this machine: versions, devices, the noise generator, folders, and the hosts that Sotto may contact."""
+    from sotto.diagnosis import examine
+
+    return examine()
+
+
+def find_run(path: str | Path) -> Path:
+    """A run folder, with a suggestion when it does not exist."""
+    path = Path(path)
+    if not path.is_dir():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
+        raise SottoError("SOT501", what=f"there is no such folder.{near}", where=str(path.absolute()),
+                         why="a run is read from its folder", fix="'sotto ls' lists the runs")  # fmt: skip
+    return path

@@ -1,0 +1,287 @@
+"""What a run is: six frozen sections, one per question, every key checked.
+
+The file layout is `model / data / privacy / method / run / output`. `sotto init` writes a commented example. Unknown
+keys are refused, because a misspelt key that is silently ignored is the commonest way to lose a guarantee.
+
+Sections are plain frozen pydantic models: build them in Python, or read them with `Config.load`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sotto import config_file
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")
+    return value
+
+
+def _whole_number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Fraction = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which pretrained model."""
+
+    name: str
+    """A local folder or a Hub name. Safetensors weights only; code from the Hub is never run."""
+    revision: str | None = None
+    """A Hub commit, so that the same bytes are used again."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward pass. Trained weights, clipping and noise stay in float32."""
+    pooling: Literal["model", "mean"] = "model"
+    """Classification only. `mean` averages the token vectors (sentence encoders); `model` uses the model's own head."""
+
+
+class DataSection(Section):
+    """Which text, and which columns of it."""
+
+    train: str
+    """A CSV, TSV, JSON-lines or Parquet file, a folder of .txt files, or a Hub dataset."""
+    eval: str | None = None
+    """A held-out file of the same shape. Never used for training."""
+    subset: str | None = None
+    """Hub datasets: the configuration name."""
+    split: str = "train"
+    """Hub datasets: the split that is trained on."""
+    eval_split: str | None = None
+    """Hub datasets: the split that is evaluated on."""
+    text: str | None = None
+    """Column of the text to classify, or of the plain text to learn from."""
+    text_pair: str | None = None
+    """Column of a second text, for pair classification."""
+    label: str | None = None
+    """Column of the class. Its presence makes the task classification."""
+    labels: tuple[Annotated[str, BeforeValidator(_whole_number_as_text)], ...] | None = None
+    """The classes, in order. They are public: they come from you, not from the data."""
+    prompt: str | None = None
+    """Column of the prompt, for generation. No loss is taken on it."""
+    completion: str | None = None
+    """Column of the text that the model learns to write after the prompt."""
+    max_length: Count = 128
+    """Tokens per example. Longer texts are cut (classification, prompts) or split (plain text), and counted."""
+    bad_rows: Literal["skip", "stop"] = "skip"
+    """What to do with rows that cannot be used. They are listed by line number either way."""
+
+    @property
+    def task(self) -> Literal["classification", "generation"]:
+        return "classification" if self.label is not None else "generation"
+
+    @model_validator(mode="after")
+    def _one_task(self) -> DataSection:
+        if self.label is not None:
+            if self.text is None:
+                raise ValueError("label is given but text is not: name the column that holds the text")
+            if self.prompt or self.completion:
+                raise ValueError("label (classification) and prompt/completion (generation) exclude each other")
+        elif self.completion is not None:
+            if self.text is not None:
+                raise ValueError("text and completion exclude each other: use prompt and completion, or text alone")
+        elif self.text is None:
+            raise ValueError("name the columns: text and label (classification), prompt and completion, or text alone")
+        if self.prompt is not None and self.completion is None:
+            raise ValueError("prompt is given but completion is not")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels holds the same class twice")
+        return self
+
+
+class PrivacySection(Section):
+    """Who is protected, and how well."""
+
+    unit: str
+    """`record`, or the column that names the person (or account, or ward) whose whole contribution is protected."""
+    num_units: Count
+    """How many units the training data has. Public: it sets the sampling probability, and is in the statement."""
+    epsilon: Positive | Literal["none"]
+    """The budget of this run. `none` trains WITHOUT privacy, says so everywhere, and writes no statement."""
+    delta: Annotated[Real, Field(gt=0, lt=1)] = 1e-5
+    """The probability with which epsilon may fail to hold. Keep it well below 1/num_units."""
+    max_examples_per_unit: Count = 1
+    """Contribution bound: how many examples of one unit are used at most. For unit: record it is 1."""
+    dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Name of the dataset in the ledger. Runs under one name add up, also when rows are added later or the file is
+    split. Default: a fingerprint of the text."""
+    neighboring_relation: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
+    """Which pairs of datasets must be hard to tell apart."""
+
+    @model_validator(mode="after")
+    def _record_is_one(self) -> PrivacySection:
+        if self.unit == "record" and self.max_examples_per_unit != 1:
+            raise ValueError("unit: record protects single examples, so max_examples_per_unit must be 1")
+        return self
+
+    @property
+    def private(self) -> bool:
+        return self.epsilon != "none"
+
+
+class MethodSection(Section):
+    """What is trained, and how the clipped sum of gradients is obtained."""
+
+    train: Literal["full", "lora", "bitfit", "head"] = "lora"
+    """All weights; low-rank adapters; biases (BitFiT); or the classification head alone (linear probe)."""
+    lora_rank: Count = 8
+    lora_alpha: Positive = 16
+    lora_targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get adapters."""
+    lora_init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """Adapter initialisation. Those that look at data (EVA, CorDA, LoRA-GA) are refused: they would not be private."""
+    lora_layers: tuple[int, ...] | None = None
+    """Indices of the blocks that get adapters; all when absent. Fewer upper blocks train faster."""
+    gradient: Literal["auto", "per_example", "ghost", "book_keeping"] = "auto"
+    """How clipped sums are computed. All of them give the same numbers; `auto` takes the fastest that fits."""
+    clipping: Literal["flat", "automatic"] = "flat"
+    """`flat`: scale down to clip_norm. `automatic`: normalise every unit to clip_norm (AUTO-S); nothing to tune."""
+    clip_norm: Positive = 1.0
+    dropout: bool = False
+    """Keep the model's dropout. Off by default: noise already regularises."""
+
+
+class RunSection(Section):
+    """How long, how fast, how large."""
+
+    expected_batch_size: Count
+    """Units per step on average. Part of the guarantee."""
+    steps: Count | None = None
+    """Number of optimizer steps; or give epochs."""
+    epochs: Positive | None = None
+    """Steps as passes over the units: steps = round(epochs * num_units / expected_batch_size)."""
+    spare_steps: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] | None = None
+    """Steps that are paid for in advance, so that a crash (whose lost steps are charged again) does not shorten the
+    run. Default: 2 % of the steps, at least one."""
+    learning_rate: Positive = 1e-3
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    momentum: Fraction = 0.0
+    """SGD only."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: Fraction = 0.0
+    ema_decay: Fraction = 0.0
+    """Exponential moving average of the weights; 0 switches it off. It is post-processing and costs no privacy."""
+    microbatch_size: Count | Literal["auto"] = "auto"
+    """Examples per forward pass. Performance only; never changes epsilon."""
+    memory_gib: Positive | None = None
+    """The memory budget. Default: what the machine has free."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints. Default: chosen from the run's length and the checkpoint's size."""
+    seed: int = 0
+    """Initialises new weights and chooses which examples of a unit are kept. Never touches sampling or noise."""
+    debug_noise_seed: int | None = None
+    """FOR TESTS. Draws noise and batches from this seed. Such a run is NOT PRIVATE and says so everywhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> RunSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    dir: str = "runs"
+    name: str | None = None
+    """Prefix of the run folder; default: taken from the configuration file's name."""
+    export: Literal["merged", "adapter", "none"] = "merged"
+    """What `model/` holds in the end: a plain Hugging Face folder, a peft adapter, or nothing."""
+    tensorboard: bool = False
+    """Also write public metrics for TensorBoard (needs the `board` extra)."""
+
+
+class Config(Section):
+    """A whole run. `Config.load(path)` reads YAML; `with_overrides` applies `section.key=value`."""
+
+    model: ModelSection
+    data: DataSection
+    privacy: PrivacySection
+    method: MethodSection = MethodSection()
+    run: RunSection
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.run.expected_batch_size > self.privacy.num_units:
+            raise ValueError(
+                f"run.expected_batch_size ({self.run.expected_batch_size}) asks for more units than "
+                f"privacy.num_units ({self.privacy.num_units}) says there are"
+            )
+        if self.data.task == "classification" and not self.data.labels:
+            raise ValueError(
+                "data.labels is missing: list the classes (they are public, so they cannot be read from the data)"
+            )
+        if self.data.labels is not None and len(self.data.labels) < 2:
+            raise ValueError("data.labels holds one class: there is nothing to learn")
+        if self.data.task == "generation" and self.method.train == "head":
+            raise ValueError("method.train: head is for classification; use lora, bitfit or full")
+        if self.output.export == "adapter" and self.method.train != "lora":
+            raise ValueError("output.export: adapter needs method.train: lora; use merged")
+        if self.data.task == "generation" and self.model.pooling == "mean":
+            raise ValueError("model.pooling: mean is for classification")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, whichever way they were given."""
+        if self.run.steps is not None:
+            return self.run.steps
+        assert self.run.epochs is not None
+        return max(1, round(self.run.epochs * self.privacy.num_units / self.run.expected_batch_size))
+
+    @property
+    def spare_steps(self) -> int:
+        """Steps that are accounted for beyond `steps`, for those that a crash makes Sotto do again."""
+        return self.run.spare_steps if self.run.spare_steps is not None else max(1, math.ceil(self.steps / 50))
+
+    @property
+    def not_private(self) -> str | None:
+        """Why this run has no guarantee, or None if it has one."""
+        if not self.privacy.private:
+            return "privacy.epsilon is 'none'"
+        if self.run.debug_noise_seed is not None:
+            return "run.debug_noise_seed is set, so the noise can be recomputed"
+        return None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+        """Reads a YAML file. Errors name the file and the line.
+
+        Args:
+          path: the file.
+          overrides: strings `section.key=value`, applied over the file; the value is YAML.
+
+        Raises:
+          SottoError: the file is missing, is not YAML, has an unknown key or a bad value.
+        """
+        return config_file.load(cls, Path(path), overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Builds a configuration from nested dictionaries, with the same errors as `load`."""
+        return config_file.validate(cls, values, config_file.Source(name="<python>"))
+
+    def with_overrides(self, overrides: list[str]) -> Config:
+        """Returns a copy with `section.key=value` strings applied."""
+        values = config_file.override(self.to_dict(), overrides)
+        return config_file.validate(type(self), values, config_file.Source(name="--set"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True)

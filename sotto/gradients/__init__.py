@@ -1,0 +1,1 @@
+"""HOW the clipped sum is obtained. One type out, `ClippedSum`; `engine.attach` is the way in."""

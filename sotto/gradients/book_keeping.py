@@ -1,0 +1,31 @@
+"""Book-keeping: one backward pass that keeps each layer's `(a, g)`, then one weighted product per layer.
+
+About the time of non-private training (Bu et al. 2022, arXiv 2210.00038).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sotto.gradients import passes
+from sotto.gradients.base import ClippedSum
+from sotto.gradients.rows import Rows
+
+if TYPE_CHECKING:
+    from sotto.gradients.engine import Engine
+
+
+def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
+    book = passes.record(engine, losses, rows, keep=True, retain=False)
+    norms_U = book.squared_U.sqrt()
+    factor_U = engine.clipping.coefficients(norms_U)
+    bad_U = ~torch.isfinite(norms_U)
+    bad_U = bad_U if bool(bad_U.any()) else None
+    total = engine.zeros()
+    for name in list(book.kept):
+        for piece in book.kept.pop(name):  # popped, so that each pair is freed as soon as it is used
+            total.gradients[name] += piece.weighted_sum(factor_U, rows, bad_U)
+    passes.add_slow(engine, losses, rows, factor_U, total.gradients)
+    return ClippedSum(total.gradients, norms_U, engine.clipping.sensitivity)

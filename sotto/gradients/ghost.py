@@ -1,0 +1,35 @@
+"""Ghost clipping: a backward pass for norms, then a second one of the losses weighted by the clipping factors.
+
+Keeps nothing between the two but the graph itself (Li et al. 2021, arXiv 2110.05679).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sotto.gradients import passes
+from sotto.gradients.base import ClippedSum
+from sotto.gradients.pieces import wide
+from sotto.gradients.rows import Rows
+
+if TYPE_CHECKING:
+    from sotto.gradients.engine import Engine
+
+
+def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
+    book = passes.record(engine, losses, rows, keep=False, retain=True)
+    norms_U = book.squared_U.sqrt()
+    factor_U = engine.clipping.coefficients(norms_U)
+    bad_U = ~torch.isfinite(norms_U)
+    any_bad = bool(bad_U.any())
+    bad_B = bad_U[rows.unit_of_B] if any_bad else None
+    total = engine.zeros()
+    grads = passes.weighted(engine, losses, factor_U[rows.unit_of_B], bad_B)
+    for (name, sink), grad in zip(total.gradients.items(), grads, strict=True):
+        if grad is not None and not (any_bad and name in engine.slow):
+            sink += wide(grad)
+    if any_bad:  # an untapped operation cannot mask a non-finite example: leave such units out one by one
+        passes.add_slow(engine, losses, rows, factor_U, total.gradients)
+    return ClippedSum(total.gradients, norms_U, engine.clipping.sensitivity)

@@ -1,0 +1,213 @@
+"""Backward passes that the algorithms share: the recording pass, its probe, and the slow exact path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sotto.errors import SottoError
+from sotto.gradients.pieces import wide
+from sotto.gradients.rows import Rows
+from sotto.gradients.taps import PATIENCE, Book, Phase
+
+if TYPE_CHECKING:
+    from sotto.gradients.engine import Engine
+
+
+def record(engine: Engine, losses: torch.Tensor, rows: Rows, *, keep: bool, retain: bool) -> Book:
+    """One backward pass in which tapped operations fill a book; finds what needs the slow path and adds its norms.
+
+    Args:
+      keep: keep pieces for the weighted sum, or only their norms.
+      retain: keep the graph afterwards. It is kept in any case while something is unconfirmed or slow.
+
+    Returns:
+      The book; `squared_U` is complete.
+    """
+    state, parameters = engine.state, engine.parameters
+    _note_slow(engine, set())  # sites declined in the forward pass
+    retain = retain or bool(engine.slow) or bool(state.unconfirmed) or _is_new(engine)
+    for _ in range(len(engine.sites) + 2):  # each round declines a site, finds a parameter used twice, or is the last
+        zeros_U = torch.zeros(rows.num_units, dtype=torch.float64, device=losses.device)
+        book = state.book = Book(rows, keep, state.shared | state.repeated, zeros_U)
+        with engine.during(Phase.RECORD):
+            untapped = _gradients(losses, parameters, None, retain)
+        left = {name for name, grad in zip(parameters, untapped, strict=True) if grad is not None}
+        del untapped
+        surprises = _surprises(engine, book, left)
+        _require_graph(surprises, retain)
+        _probe(engine, losses, rows)
+        declined = _note_slow(engine, left)
+        mixed = book.names & engine.slow.keys()
+        if not declined and not mixed and not book.repeated:
+            break
+        # Some of a parameter's uses were tapped and others not: take all of them off, so that nothing is counted twice.
+        for site in engine.sites.values():
+            roles = [role for role in site.module._parameters if site.name(role) in engine.slow]
+            if roles and site.declined is None:
+                site.decline("the same parameter is also used where it cannot be tapped")
+    else:
+        raise AssertionError("a site was declined twice")
+    book.finish()
+    state.book = None
+    state.repeated |= book.repeated
+    engine.tapped |= book.names
+    _add_slow_norms(engine, losses, rows, book.squared_U)
+    return book
+
+
+def _is_new(engine: Engine) -> bool:
+    """On the first batches, whether a parameter exists that may turn out to need the slow path."""
+    engine.calls += 1
+    return engine.calls <= PATIENCE and not engine.parameters.keys() <= engine.tapped
+
+
+def _surprises(engine: Engine, book: Book, left: set[str]) -> set[str]:
+    """What this pass found out that needs another pass over the same graph. Remembers it, so that a retry succeeds."""
+    state = engine.state
+    new = left - engine.slow.keys()
+    for name in new:
+        engine.slow[name] = "used outside the operations that have a fast rule"
+    state.repeated |= book.repeated
+    late = [site for site in state.unconfirmed if site.reference and site.unreached]
+    for site in late:
+        site.unreached = 0
+    return new | book.repeated | {site.path for site in late}
+
+
+def _add_slow_norms(engine: Engine, losses: torch.Tensor, rows: Rows, squared_U: torch.Tensor) -> None:
+    """Adds the slow parameters' squared norms in place, and marks units whose loss is not finite."""
+    bad_B = ~torch.isfinite(losses.detach())
+    squared_U[rows.unit_of_B[bad_B]] = torch.nan
+    if not engine.slow:
+        return
+    slow_U = torch.zeros_like(squared_U)
+    for unit, grads in slow_gradients(engine, losses, rows):
+        slow_U[unit] = sum(wide(g).double().square().sum() for g in grads.values())
+    require_isolated(squared_U, slow_U)
+    squared_U += slow_U
+
+
+def require_isolated(known_U: torch.Tensor, found_U: torch.Tensor) -> None:
+    """Raises if a unit's gradient may be non-finite because of another unit.
+
+    In an operation that is not tapped, `0 * inf` of one example spoils the weight gradient of all. To drop all of them
+    would let one unit decide over the others' contributions, which no sensitivity covers.
+
+    Args:
+      known_U: not finite for units that are known to be at fault themselves.
+      found_U: not finite where a pass for that unit alone gave a gradient that is not finite.
+    """
+    at_fault = ~torch.isfinite(known_U)
+    suspect = ~torch.isfinite(found_U) & ~at_fault
+    if bool(suspect.any()) and int((suspect | at_fault).sum()) > 1:
+        raise SottoError(
+            "SOT611", what="a value that is not finite reached the gradients of several units", where="engine.backward",
+            why="it arose inside an operation without a fast rule, where one unit cannot be told from another; "
+            "nothing was released", fix="see engine.report() for the slow modules; freeze them, or run the step in a "
+            "wider dtype",
+        )  # fmt: skip
+
+
+def _gradients(
+    losses: torch.Tensor, parameters: dict[str, nn.Parameter], weight_B: torch.Tensor | None, retain: bool
+) -> tuple[torch.Tensor | None, ...]:
+    weight_B = torch.ones_like(losses) if weight_B is None else weight_B.to(losses.dtype)
+    return torch.autograd.grad(losses, list(parameters.values()), weight_B, retain_graph=retain, allow_unused=True)
+
+
+def _require_graph(new: set[str], retained: bool) -> None:
+    if new and not retained:
+        raise SottoError(
+            "SOT609", what=f"parameter '{min(new)}' was used in a way that no earlier batch used it",
+            where="engine.backward", why="its slow path needs the graph of this batch, which is freed already; "
+            "nothing was released", fix="compute the losses of this batch again and call backward again",
+        )  # fmt: skip
+
+
+def _note_slow(engine: Engine, left: set[str]) -> bool:
+    """Remembers parameters of declined sites. Returns True if a probe has just declined a site."""
+    newly_declined = False
+    for site in engine.sites.values():
+        if site.declined is None:
+            continue
+        for role in site.module._parameters:
+            name = site.name(role)
+            if name is None:
+                continue
+            newly_declined = newly_declined or (name not in engine.slow and name not in left)
+            engine.slow[name] = site.declined
+    return newly_declined
+
+
+def _probe(engine: Engine, losses: torch.Tensor, rows: Rows) -> None:
+    """Second backward pass under distinct weights, on the first batch that reaches a site. Costs one backward pass."""
+    pending = [site for site in engine.state.unconfirmed if site.declined is None and not site.confirmed]
+    reached = any(site.reference for site in pending)
+    if rows.num_rows == 1 or not reached:
+        for site in pending:
+            site.unreached += not site.reference
+            site.reference, site.probed = [], 0
+        return
+    # Neighbouring rows differ by a factor of two or more, in no order that a permutation would preserve.
+    index = torch.arange(rows.num_rows, device=losses.device)
+    engine.state.probe_weight_B = torch.exp2((torch.remainder(index * 7 + index // 9 * 2, 9) - 4).to(losses.dtype))
+    with engine.during(Phase.PROBE):
+        _gradients(losses, engine.parameters, engine.state.probe_weight_B, True)
+    for site in pending:
+        site.conclude()
+
+
+def one_unit(engine: Engine, losses: torch.Tensor, names: list[str], rows: Rows, unit: int, *, retain: bool):
+    """{name: gradient} of one unit, unaffected by other units that are not finite wherever a module is entered."""
+    member_B = rows.unit_of_B == unit
+    engine.state.others_B = ~member_B
+    parameters = engine.parameters
+    try:
+        with engine.during(Phase.SILENT):
+            grads = torch.autograd.grad(
+                losses, [parameters[name] for name in names], member_B.to(losses.dtype),
+                retain_graph=retain, allow_unused=True,
+            )  # fmt: skip
+    finally:
+        engine.state.others_B = None
+    return {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+
+
+def slow_gradients(engine: Engine, losses: torch.Tensor, rows: Rows):
+    """Yields (unit, {name: gradient}) of the parameters on the slow path, one backward pass for each unit."""
+    slow = [name for name in engine.parameters if name in engine.slow]
+    if not slow:
+        return
+    for unit in range(rows.num_units):
+        yield unit, one_unit(engine, losses, slow, rows, unit, retain=True)
+
+
+def add_slow(engine: Engine, losses: torch.Tensor, rows: Rows, factor_U: torch.Tensor, total: dict[str, torch.Tensor]):
+    """Adds the slow parameters' weighted sum to `total`, in one backward pass when every unit is finite."""
+    if not engine.slow:
+        return
+    if bool((factor_U > 0).all()):
+        slow = {name: p for name, p in engine.parameters.items() if name in engine.slow}
+        with engine.during(Phase.SILENT):
+            grads = _gradients(losses, slow, factor_U[rows.unit_of_B], False)
+        for name, grad in zip(slow, grads, strict=True):
+            if grad is not None:
+                total[name] += wide(grad)
+        return
+    for unit, grads in slow_gradients(engine, losses, rows):
+        if factor_U[unit] > 0:
+            for name, grad in grads.items():
+                total[name] += factor_U[unit].to(total[name].dtype) * wide(grad)
+
+
+def weighted(engine: Engine, losses: torch.Tensor, weight_B: torch.Tensor, bad_B: torch.Tensor | None):
+    """Gradients of `sum_i weight_i loss_i`, with rows of non-finite units masked wherever an operation is tapped."""
+    engine.state.bad_B = bad_B
+    try:
+        with engine.during(Phase.PLAIN):
+            return _gradients(losses, engine.parameters, weight_B, bool(engine.slow))
+    finally:
+        engine.state.bad_B = None

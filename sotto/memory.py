@@ -1,0 +1,105 @@
+"""How much memory a run needs, from the model's shapes alone, and which microbatch fits.
+
+A prediction, not a measurement: weights, gradients, optimizer and noise are counted exactly, activations are estimated
+for a transformer block. Wrong predictions cost speed only: on out-of-memory the microbatch is halved
+within the same logical batch, and epsilon never depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from sotto.config import Config
+from sotto.models.source import ModelFacts
+
+GIB = 1024**3
+LARGEST_MICROBATCH = 64
+RESERVE = 0.8
+"""Share of the memory budget that is planned with; the rest is left to the allocator and the libraries."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part. `per_example` is what one more example in the microbatch costs at `data.max_length` tokens."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    noise: int
+    per_example: int
+    microbatch_size: int
+    budget: int
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.noise
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.per_example * self.microbatch_size
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.budget
+
+
+def trainable_parameters(facts: ModelFacts, config: Config) -> int:
+    """The number of trained parameters, from tensor shapes."""
+    method, classes = config.method, len(config.data.labels or ())
+    head = (facts.hidden_size + 1) * classes
+    not_adapted = ("embed", "wte", "pooler") if config.model.pooling == "mean" else ("embed", "wte")
+    matrices = [
+        t.shape for name, t in facts.tensors.items() if len(t.shape) == 2 and not any(w in name for w in not_adapted)
+    ]
+    blocks = [s for s in matrices if max(s) < facts.vocab_size]
+    if method.train == "head":
+        return head
+    if method.train == "bitfit":
+        return head + sum(t.shape[0] for name, t in facts.tensors.items() if name.endswith("bias"))
+    if method.train == "lora":
+        share = 1.0 if method.lora_layers is None else len(method.lora_layers) / max(1, facts.num_layers)
+        return head + round(share * sum(method.lora_rank * (a + b) for a, b in blocks))
+    return facts.parameters + head
+
+
+def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> MemoryEstimate:
+    """Predicts the peak of a training run and chooses the microbatch size.
+
+    Args:
+      budget: bytes; by default run.memory_gib, else what the machine has free now.
+    """
+    if budget is None:
+        gib = config.run.memory_gib
+        budget = round(gib * GIB) if gib is not None else psutil.virtual_memory().available
+    trained = trainable_parameters(facts, config)
+    copies = (2 if config.run.optimizer == "adamw" else int(config.run.momentum > 0)) + int(config.run.ema_decay > 0)
+    per_example = activations(facts, config)
+    fixed = 4 * facts.parameters + 4 * trained * (copies + 3)
+    size = config.run.microbatch_size
+    if size == "auto":
+        room = max(0, RESERVE * budget - fixed)
+        size = max(1, min(LARGEST_MICROBATCH, int(room // per_example)))
+    return MemoryEstimate(
+        weights=4 * facts.parameters,
+        gradients=4 * trained * 2,  # the sum so far and this microbatch's
+        optimizer=4 * trained * copies,
+        noise=4 * trained,
+        per_example=per_example,
+        microbatch_size=size,
+        budget=budget,
+    )
+
+
+def activations(facts: ModelFacts, config: Config) -> int:
+    """Bytes for one example of max_length tokens: what autograd saves in a block, and the logits."""
+    tokens, width, layers = config.data.max_length, facts.hidden_size, facts.num_layers
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    saved = 30 * width  # inputs of the linear layers, norms, attention and the activation, with a feed-forward of 4x
+    kept = 9 * width if config.method.train == "full" and config.method.gradient != "ghost" else 0  # output gradients
+    share = {"full": 1.0, "lora": 0.8, "bitfit": 0.6, "head": 0.1}[config.method.train]
+    if config.method.train == "lora" and config.method.lora_layers is not None:
+        share *= max(0.1, len(config.method.lora_layers) / max(1, layers))
+    logits = 3 * 4 * facts.vocab_size if config.data.task == "generation" else 0
+    return round(tokens * (layers * (saved * share + kept) * size + logits))

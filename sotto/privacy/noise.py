@@ -1,0 +1,145 @@
+"""Where noise comes from: a cryptographic generator by default, a seeded one for tests.
+
+`SecureNoise` draws AES-128 in counter mode (randomgen.AESCounter, checked against the FIPS-197 vector at construction)
+under a fresh key from `os.urandom` for every call and every chunk. No key is kept, stored, logged or derivable from any
+seed, and objects refuse to be pickled or copied.
+
+What this does not give. The normals are float64 values of the ziggurat method: not the exact discrete Gaussian. The
+set of values that a float sum plus float noise can take depends, in its last bits, on the sum; attacks on these bits
+are known (Mironov 2012; Haney et al. 2022, arXiv:2207.13793). The mechanism therefore adds in float64 and rounds
+to float32 afterwards, which leaves 29 bits below the last one that is released; this makes such attacks much harder and
+is no proof. The epsilon that Sotto states is that of the ideal Gaussian. The rejection steps of the ziggurat make the
+running time depend (very slightly) on the noise, never on the data.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, NoReturn, Protocol
+
+import numpy as np
+import torch
+
+from sotto.errors import SottoError
+from sotto.privacy.events import check_count, check_number
+
+_randomgen: Any = importlib.import_module("randomgen")  # untyped
+_CHUNK = 1 << 20
+_Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class NoiseSource(Protocol):
+    """Draws Gaussian noise. `private` is False where someone else can recompute it."""
+
+    private: ClassVar[bool]
+
+    def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        """Returns independent N(0, std^2) draws.
+
+        Args:
+          shape: of the result.
+          std: standard deviation, >= 0.
+          step, name: which draw this is: the training step and the parameter. Every pair is drawn once per run.
+          device: where the result goes.
+
+        Returns:
+          float64: the caller adds in float64 and rounds once, after the sum.
+        """
+        ...
+
+
+class SecureNoise:
+    """Noise that nobody can recompute: AES-128-CTR under keys from the operating system, each used for one chunk.
+
+    Thread-safe; holds no state. `step` and `name` are not used: calling twice gives two independent draws.
+    """
+
+    private: ClassVar[bool] = True
+
+    def __init__(self, threads: int | None = None):
+        """Checks the cipher.
+
+        Args:
+          threads: for tensors above a million elements; default: what the process may use.
+
+        Raises:
+          SottoError: SOT420, this build of randomgen does not compute AES-128.
+        """
+        self._threads = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else "1234")
+        check_cipher()
+
+    def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        """See `NoiseSource.normal`."""
+        check_number("std", std, at_least=0)
+        out: _Array = np.empty(math.prod(shape))
+        chunks = [out[start : start + _CHUNK] for start in range(0, out.size, _CHUNK)]
+        if len(chunks) < 2 or self._threads < 2:
+            for chunk in chunks:
+                _fill(chunk, std)
+        else:
+            with ThreadPoolExecutor(min(self._threads, len(chunks))) as pool:
+                list(pool.map(functools.partial(_fill, std=std), chunks))
+        return _tensor(out).reshape(tuple(shape)).to(device)
+
+    def __repr__(self) -> str:
+        return "SecureNoise()"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a noise source is never copied or stored; make a new one")
+
+
+def _tensor(array: _Array) -> torch.Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _fill(chunk: _Array, std: float) -> None:
+    key = np.frombuffer(os.urandom(16), dtype=np.uint64)
+    np.random.Generator(_randomgen.AESCounter(key=key)).standard_normal(out=chunk)
+    np.multiply(chunk, std, out=chunk)
+
+
+def check_cipher() -> None:
+    """Compares randomgen's generator with the AES-128 example of FIPS-197, appendix C.1.
+
+    Raises:
+      SottoError: SOT420, they differ.
+    """
+    key = np.frombuffer(bytes(range(16)), dtype=np.uint64)
+    plain = int.from_bytes(bytes.fromhex("00112233445566778899aabbccddeeff"), "little")
+    block = _randomgen.AESCounter(key=key, counter=plain).random_raw(2).tobytes()
+    if block.hex() != "69c4e0d86a7b0430d8cdb78070b4c55a":
+        raise SottoError(
+            "SOT420",
+            what=f"randomgen {_randomgen.__version__} does not compute AES-128 on this machine",
+            why="noise that can be predicted gives no privacy",
+            fix="install another release of randomgen, or report the platform to Sotto",
+        )
+
+
+class DebugNoise:
+    """FOR TESTS: noise that is a function of (seed, step, name) alone. A run with it is NOT PRIVATE.
+
+    The order of calls does not matter, so that a resumed run can be compared bit by bit with one that was not stopped.
+    """
+
+    private: ClassVar[bool] = False
+
+    def __init__(self, seed: int):
+        self._seed = check_count("seed", seed)
+
+    def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        """See `NoiseSource.normal`."""
+        check_number("std", std, at_least=0)
+        digest = hashlib.sha256(f"{self._seed}/{step}/{name}".encode()).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+        draws = generator.standard_normal(math.prod(shape)) * std
+        return _tensor(draws).reshape(tuple(shape)).to(device)
+
+    def __repr__(self) -> str:
+        return f"DebugNoise(seed={self._seed})  # NOT PRIVATE"

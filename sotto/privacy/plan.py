@@ -1,0 +1,169 @@
+"""The plan: the one frozen object in which sampling, clipping, noise and accounting meet.
+
+Nothing else in Sotto derives a sampling probability, a divisor or a noise scale, so no two parts can disagree. A plan
+is made from the configuration alone: it touches neither the data nor the model's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sotto.config import Config
+from sotto.privacy import accounting
+from sotto.privacy.accounting import PoissonGaussian
+
+EPSILONS = (1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One row of what else the same data could give: a budget, a batch and the noise that they imply."""
+
+    epsilon: float
+    expected_batch_size: int
+    steps: int
+    noise_multiplier: float
+
+    @property
+    def noise_per_coordinate(self) -> float:
+        """Standard deviation of the noise on the mean update, in clip norms: what utility feels."""
+        return self.noise_multiplier / self.expected_batch_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and what it will cost.
+
+    Attributes:
+      unit, num_units, max_examples_per_unit, neighboring_relation: who is protected.
+      epsilon, delta: the budget; epsilon is None when the run is not private.
+      sampling_prob: the probability with which each unit joins a step, expected_batch_size / num_units.
+      steps, spare_steps: steps to take, and those paid for in advance so that a crash does not shorten the run.
+      noise_multiplier: standard deviation of the noise over the sensitivity. Calibrated so that steps + spare_steps
+        fit the budget; never rounded down.
+      planned_epsilon: the epsilon of `steps` steps, if nothing has to be done again (PLD, an upper bound).
+      rdp_epsilon: the same by Renyi accounting, always the larger one; for comparison with other tools.
+      unamplified_epsilon: what holds if batches had been passes over the data in an order known to the attacker.
+      not_private: why there is no guarantee, or None.
+      memory: predicted bytes by part and the microbatch size that fits; performance only.
+    """
+
+    unit: str
+    num_units: int
+    max_examples_per_unit: int
+    neighboring_relation: Literal["add_or_remove_one", "replace_one"]
+    epsilon: float | None
+    delta: float
+    expected_batch_size: int
+    sampling_prob: float
+    steps: int
+    spare_steps: int
+    clip_norm: float
+    clipping: str
+    noise_multiplier: float
+    planned_epsilon: float | None
+    rdp_epsilon: float | None
+    unamplified_epsilon: float | None
+    not_private: str | None
+    memory: dict[str, int] | None = None
+
+    @property
+    def private(self) -> bool:
+        return self.not_private is None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that the budget pays for. The step after the last of them is never taken."""
+        return self.steps + self.spare_steps
+
+    @property
+    def event(self) -> PoissonGaussian:
+        """What one step releases: a Poisson-sampled Gaussian."""
+        return PoissonGaussian(noise_multiplier=self.noise_multiplier, sampling_prob=self.sampling_prob)
+
+    def epsilon_after(self, steps: int) -> float:
+        """The epsilon of `steps` steps (PLD, an upper bound)."""
+        return accounting.epsilon(
+            noise_multiplier=self.noise_multiplier,
+            sampling_prob=self.sampling_prob,
+            steps=steps,
+            delta=self.delta,
+            neighboring_relation=self.neighboring_relation,
+        )
+
+    def frontier(self, epsilon: tuple[float, ...] | list[float] = EPSILONS) -> list[Alternative]:
+        """The noise for other budgets, all else equal."""
+        return [self._alternative(e, self.expected_batch_size, self.steps) for e in epsilon]
+
+    def larger_batch(self, factor: int = 2) -> Alternative | None:
+        """The same number of passes with a larger batch, or None if that is more than there are units."""
+        batch = self.expected_batch_size * factor
+        if batch > self.num_units:
+            return None
+        return self._alternative(self.epsilon or EPSILONS[-1], batch, max(1, round(self.steps / factor)))
+
+    def _alternative(self, epsilon: float, batch: int, steps: int) -> Alternative:
+        noise = accounting.noise_multiplier(
+            epsilon=epsilon,
+            sampling_prob=batch / self.num_units,
+            steps=steps + max(1, math.ceil(self.spare_steps * steps / self.steps)),
+            delta=self.delta,
+            neighboring_relation=self.neighboring_relation,
+            precision="coarse",
+        )
+        return Alternative(epsilon, batch, steps, noise)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        return cls(**values)
+
+
+def make_plan(config: Config) -> Plan:
+    """Derives everything that the guarantee depends on from the configuration.
+
+    Raises:
+      SottoError: the budget cannot be met, or a value is out of range.
+    """
+    privacy, run = config.privacy, config.run
+    sampling_prob = run.expected_batch_size / privacy.num_units
+    relation = privacy.neighboring_relation
+    noise, planned, rdp, unamplified = 0.0, None, None, None
+    if privacy.epsilon != "none":
+        noise = accounting.noise_multiplier(
+            epsilon=privacy.epsilon,
+            sampling_prob=sampling_prob,
+            steps=config.steps + config.spare_steps,
+            delta=privacy.delta,
+            neighboring_relation=relation,
+        )
+        arguments = (noise, sampling_prob, config.steps, privacy.delta)
+        planned = min(accounting.epsilon(*arguments, neighboring_relation=relation), privacy.epsilon)
+        if relation == "add_or_remove_one":
+            rdp = accounting.epsilon(*arguments, accountant="rdp")
+        passes = math.ceil(config.steps * sampling_prob)
+        unamplified = accounting.epsilon_without_amplification(noise, passes, privacy.delta, relation)
+    return Plan(
+        unit=privacy.unit,
+        num_units=privacy.num_units,
+        max_examples_per_unit=privacy.max_examples_per_unit,
+        neighboring_relation=relation,
+        epsilon=None if privacy.epsilon == "none" else privacy.epsilon,
+        delta=privacy.delta,
+        expected_batch_size=run.expected_batch_size,
+        sampling_prob=sampling_prob,
+        steps=config.steps,
+        spare_steps=config.spare_steps if privacy.private else 0,
+        clip_norm=config.method.clip_norm,
+        clipping=config.method.clipping,
+        noise_multiplier=noise,
+        planned_epsilon=planned,
+        rdp_epsilon=rdp,
+        unamplified_epsilon=unamplified,
+        not_private=config.not_private,
+    )

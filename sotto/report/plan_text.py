@@ -1,0 +1,73 @@
+"""A plan on one screen."""
+
+from __future__ import annotations
+
+from sotto.privacy.accounting import round_up
+from sotto.privacy.plan import Alternative, Plan
+
+GIB = 1024**3
+
+
+def render(plan: Plan) -> str:
+    """The plan as plain text: who, budget, what follows from it, alternatives, memory."""
+    lines = [_who(plan), ""]
+    if plan.epsilon is None:
+        lines += [
+            f"NOT PRIVATE: {plan.not_private}.",
+            f"steps {plan.steps:,}, about {plan.expected_batch_size:,} units each",
+        ]
+    else:
+        lines += _budget(plan) + [""] + _alternatives(plan)
+        if plan.not_private:
+            lines += ["", f"NOT PRIVATE: {plan.not_private}. The numbers above are what the run would have earned."]
+    if plan.memory:
+        lines += ["", *_memory(plan.memory)]
+    return "\n".join(lines)
+
+
+def _who(plan: Plan) -> str:
+    most = "" if plan.unit == "record" else f", at most {plan.max_examples_per_unit} examples of each"
+    return f"protected unit   {plan.unit}   ({plan.num_units:,} units{most}; {plan.neighboring_relation})"
+
+
+def _budget(plan: Plan) -> list[str]:
+    lines = [
+        f"budget           epsilon {plan.epsilon:g}, delta {plan.delta:g}",
+        f"noise_multiplier {plan.noise_multiplier:.6g}",
+        f"sampling_prob    {plan.sampling_prob:.6g}   (about {plan.expected_batch_size:,} units in a step)",
+        f"steps            {plan.steps:,}   (+ {plan.spare_steps} paid for in advance, in case a crash loses some)",
+        f"epsilon          {round_up(plan.planned_epsilon or 0.0)} by PLD if nothing is lost"
+        + (f"; {round_up(plan.rdp_epsilon)} by RDP" if plan.rdp_epsilon else ""),
+        f"{'':<16} {round_up(plan.unamplified_epsilon or 0.0)} if batches were passes in an order that is known",
+    ]
+    if plan.delta >= 1 / plan.num_units:
+        lines.append(
+            f"WARNING          delta is not below 1/{plan.num_units:,}: publishing one unit's text would satisfy it"
+        )
+    return lines
+
+
+def _alternatives(plan: Plan) -> list[str]:
+    rows = plan.frontier()
+    if (larger := plan.larger_batch()) is not None:
+        rows.append(larger)
+    lines = ["what if          epsilon   batch    steps   noise_multiplier   noise / batch (in clip norms)"]
+    return lines + [_row(row) for row in rows]
+
+
+def _row(row: Alternative) -> str:
+    size = f"{row.epsilon:<9g} {row.expected_batch_size:<8,} {row.steps:<7,}"
+    return f"{'':<16} {size} {row.noise_multiplier:<18.4g} {row.noise_per_coordinate:.2e}"
+
+
+def _memory(memory: dict[str, int]) -> list[str]:
+    parts = "  ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("weights", "gradients", "optimizer", "noise"))
+    size = memory["microbatch_size"]
+    lines = [
+        f"memory (GiB)     {memory['total'] / GIB:.2f} predicted of {memory['budget'] / GIB:.1f}: {parts}  "
+        f"activations {memory['per_example'] * size / GIB:.2f} ({size} examples at a time)",
+        f"trained          {memory['trainable']:,} parameters",
+    ]
+    if memory["total"] > memory["budget"]:
+        lines.append("WARNING          that is more than there is: shorten data.max_length, or train: lora")
+    return lines

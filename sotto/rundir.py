@@ -1,0 +1,169 @@
+"""The folder of one run: what lies where, and who may read it.
+
+runs/2026-11-22_clinic_4f1c/
+  config.yaml     what ran            plan.json        the numbers derived from it
+  statement.txt   the guarantee       privacy.json     the same for machines
+  metrics.public.jsonl                metrics.private.jsonl  (0600)
+  private/        sampling key, dataset name in the ledger, data report (0700, never exported)
+  checkpoints/    resumable (0700)    model/           the exported Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sotto import config_file
+from sotto.config import Config
+from sotto.errors import SottoError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything has been written; what is left to do then is to close the run in the ledger."""
+        return (self.path / "privacy.json").exists()
+
+    @classmethod
+    def planned(cls, config: Config, stem: str) -> RunDir:
+        """The folder that a new run will have. Nothing is written yet."""
+        root = Path(config.output.dir)
+        label = re.sub(r"[^A-Za-z0-9._-]+", "-", config.output.name or stem).strip("-.")[:80] or "run"
+        return cls(root / f"{datetime.date.today().isoformat()}_{label}_{secrets.token_hex(3)}")
+
+    def create(self, config: Config, plan: dict[str, Any], private: Mapping[str, str]) -> None:
+        """Writes the folder, whole or not at all: a crash or an error leaves no half of a run.
+
+        Args:
+          private: file name -> content, for the folder `private/`.
+
+        Raises:
+          SottoError: SOT503, it cannot be written.
+        """
+        root, new = self.path.parent, RunDir(self.path.with_name(f".{self.id}.new"))
+        made = not root.exists()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            new.path.mkdir()
+            for folder in ("private", "checkpoints"):
+                (new.path / folder).mkdir(mode=0o700)
+            new.write("config.yaml", config_file.dump(config.to_dict()))
+            new.write("plan.json", json.dumps(plan, indent=2) + "\n")
+            for name, text in private.items():
+                new.write(f"private/{name}", text, private=True)
+            new.path.rename(self.path)
+            _sync(root)
+        except BaseException as error:
+            shutil.rmtree(new.path, ignore_errors=True)
+            if made:
+                with suppress(OSError):
+                    root.rmdir()
+            if isinstance(error, OSError):
+                raise cannot_write(root, error) from None
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """Opens an existing run folder."""
+        run = cls(Path(path))
+        wanted = ("config.yaml", "plan.json", "private/secrets.json")
+        missing = [name for name in wanted if not (run.path / name).exists()]
+        if missing:
+            raise SottoError(
+                "SOT501", what=f"this is not a run folder: {missing[0]} is not there", where=str(run.path.absolute()),
+                why="a run is read from its own configuration and plan", fix="'sotto ls' lists the runs",
+            )  # fmt: skip
+        return run
+
+    def config(self) -> Config:
+        return Config.load(self.path / "config.yaml")
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    def write(self, name: str, text: str, private: bool = False) -> None:
+        """Replaces a file in one step: readers see the old text or the new one, never half of it."""
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Refuses a second process on the same run."""
+        descriptor = os.open(self.path / "private" / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise SottoError(
+                    "SOT502", what="another process is working on this run", where=str(self.path),
+                    why="two processes would overwrite each other's checkpoints",
+                    fix="wait for it, or stop it and run 'sotto resume' again",
+                ) from None  # fmt: skip
+            yield
+
+
+def _sync(folder: Path) -> None:
+    """Puts the names in a folder on the disk, so that the ledger never knows a run that the disk does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(config: Config) -> None:
+    """Refuses, before anything is read, an output folder that cannot be written.
+
+    Raises:
+      SottoError: SOT503.
+    """
+    root = Path(config.output.dir).absolute()
+    existing = next(p for p in (root, *root.parents) if p.exists())
+    if not existing.is_dir():
+        raise cannot_write(root, NotADirectoryError(errno.ENOTDIR, f"{existing} is not a folder"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise cannot_write(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def cannot_write(path: Path, error: OSError) -> SottoError:
+    return SottoError(
+        "SOT503", what=f"cannot write: {error.strerror or error}", where=str(path.absolute()),
+        why="a run needs a place for its checkpoints and its statement; nothing was charged",
+        fix="choose a writable folder with --set output.dir=...",
+    )  # fmt: skip

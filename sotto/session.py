@@ -1,0 +1,282 @@
+"""Building a run: the model, the data, the engine and the ledger, in the order in which errors cost least.
+
+Nothing is written and nothing is charged until everything has been read and checked, the first batch included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import secrets
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sotto import checkpoint, memory
+from sotto.config import Config
+from sotto.data import LoadedData, PoissonSampler
+from sotto.data.load import ledger_id, load_dataset_for
+from sotto.errors import SottoError
+from sotto.gradients.clipping import CLIPPINGS, Unclipped
+from sotto.gradients.engine import Engine, attach
+from sotto.metrics import no_tensorboard
+from sotto.models import load as models_load
+from sotto.models.trainable import prepare
+from sotto.optim import Optimizer
+from sotto.privacy.ledger import Ledger
+from sotto.privacy.mechanism import GaussianMechanism, IdentityMechanism
+from sotto.privacy.noise import DebugNoise, SecureNoise
+from sotto.privacy.plan import Plan, make_plan
+from sotto.rundir import RunDir, require_writable
+from sotto.training import Mechanism, Session, check_first_batch
+
+
+@dataclass
+class LedgerBudget:
+    """Pays for steps in the dataset's ledger, up to what the plan bought."""
+
+    ledger: Ledger
+    run_id: str
+    plan: Plan
+
+    def reserve(self, step: int) -> int | None:
+        if self.ledger.reserved(self.run_id) >= self.plan.total_steps:
+            return None
+        attempt = self.ledger.attempts(self.run_id, step)
+        self.ledger.reserve(self.run_id, step, self.plan.event)
+        return attempt
+
+
+@dataclass
+class NoBudget:
+    """Runs without a guarantee pay nothing; batches repeat exactly when a step is done again."""
+
+    def reserve(self, step: int) -> int | None:
+        return 0
+
+
+@dataclass
+class Loaded:
+    """Model, tokenizer and data, read and checked; nothing written yet."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    engine: Engine
+    data: LoadedData
+    estimate: memory.MemoryEstimate
+    device: torch.device
+
+
+def load_parts(config: Config) -> Loaded:
+    """Reads the model and the data, and attaches the engine."""
+    device = choose_device(config.run.device)
+    loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
+    data = load_dataset_for(config, loaded.tokenizer, "train")
+    model = prepare(loaded.model, config.method, config.run.seed).to(device).train()
+    clipping = CLIPPINGS[config.method.clipping](config.method.clip_norm) if config.privacy.private else Unclipped()
+    engine = attach(model, algorithm=config.method.gradient, clipping=clipping)
+    return Loaded(
+        model, loaded.tokenizer, engine, data, memory.estimate(loaded.facts, config, _budget(config, device)), device
+    )
+
+
+def _budget(config: Config, device: torch.device) -> int | None:
+    if config.run.memory_gib is None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return None
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SottoError(
+            "SOT506", what="there is no CUDA device", where="run.device: cuda",
+            why="torch sees none on this machine", fix="use run.device: auto, or install a CUDA build of torch",
+        )  # fmt: skip
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def start(config: Config, stem: str) -> Session:
+    """Begins a new run."""
+    require_writable(config)
+    _require_board(config)
+    plan = make_plan(config)
+    parts = load_parts(config)
+    debug = config.run.debug_noise_seed
+    key = secrets.token_bytes(16) if debug is None else hashlib.blake2b(str(debug).encode(), digest_size=16).digest()
+    secret = {
+        "sampling_key": key.hex(),
+        "ledger": ledger_id(config, parts.data.fingerprint),
+        "data": _digest(parts.data),
+    }
+    session = _assemble(config, plan, RunDir.planned(config, stem), parts, secret)
+    check_first_batch(session)
+    report = json.dumps(parts.data.report.to_dict(), indent=2)
+    session.run.create(config, plan.to_dict(), {"secrets.json": json.dumps(secret), "data_report.json": report})
+    try:
+        session.held.enter_context(session.run.locked())
+        session.budget = _open_budget(session, secret)
+    except BaseException:
+        session.held.close()
+        shutil.rmtree(session.run.path, ignore_errors=True)
+        raise
+    return session
+
+
+def _require_board(config: Config) -> None:
+    if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise no_tensorboard()
+
+
+def _open_budget(session: Session, secret: dict[str, str]) -> LedgerBudget | NoBudget:
+    """Announces the run in the dataset's ledger; a run that is known there already goes on."""
+    plan, run_id = session.plan, session.run.id
+    if not plan.private:
+        return NoBudget()
+    ledger = Ledger.open(secret["ledger"])
+    known = run_id in ledger.runs
+    try:
+        ledger.open_run(
+            run_id, plan.event, plan.total_steps, delta=plan.delta, neighboring_relation=plan.neighboring_relation
+        )
+    except BaseException:
+        # Ctrl-C just after the entry was written: a run that never began must not hold on to what it had planned.
+        if not known:
+            with contextlib.suppress(SottoError):
+                ledger.close_run(run_id)
+        raise
+    return LedgerBudget(ledger, run_id, plan)
+
+
+def resume(path: str | Path) -> Session:
+    """Continues a run from its newest whole checkpoint, or from its start."""
+    run = RunDir.open(path)
+    with ExitStack() as held:
+        held.enter_context(run.locked())  # before anything is read that another process might still change
+        session = _resume(run)
+        session.held = held.pop_all()
+    return session
+
+
+def _resume(run: RunDir) -> Session:
+    config, plan = run.config(), Plan.from_dict(run.read_json("plan.json"))
+    _require_board(config)
+    _require_same_plan(config, plan, run)
+    secret = run.read_json("private/secrets.json")
+    parts = load_parts(config)
+    if _digest(parts.data) != secret["data"]:
+        raise SottoError(
+            "SOT507", what="the training data has changed since the run began", where=config.data.train,
+            why="the guarantee is about one dataset, and its ledger is another",
+            fix="put the original file back, or start a new run",
+        )  # fmt: skip
+    session = _assemble(config, plan, run, parts, secret)
+    latest, damaged = checkpoint.load_latest(run.checkpoints)
+    session.notes += [f"checkpoint {name} is damaged and was passed over" for name in damaged]
+    if latest is not None:
+        _restore(session, latest)
+    if session.step < plan.steps:
+        check_first_batch(session)
+    session.budget = _open_budget(session, secret)
+    return session
+
+
+def _require_same_plan(config: Config, plan: Plan, run: RunDir) -> None:
+    """Refuses a configuration that was edited after the run began: statement and noise come from the plan."""
+    privacy, training, method = config.privacy, config.run, config.method
+    stated = {
+        "privacy.unit": (privacy.unit, plan.unit),
+        "privacy.num_units": (privacy.num_units, plan.num_units),
+        "privacy.max_examples_per_unit": (privacy.max_examples_per_unit, plan.max_examples_per_unit),
+        "privacy.neighboring_relation": (privacy.neighboring_relation, plan.neighboring_relation),
+        "privacy.epsilon": (privacy.epsilon if privacy.private else None, plan.epsilon),
+        "privacy.delta": (privacy.delta, plan.delta),
+        "run.expected_batch_size": (training.expected_batch_size, plan.expected_batch_size),
+        "run.steps": (config.steps, plan.steps),
+        "run.spare_steps": (config.spare_steps if privacy.private else 0, plan.spare_steps),
+        "run.debug_noise_seed": (config.not_private, plan.not_private),
+        "method.clip_norm": (method.clip_norm, plan.clip_norm),
+        "method.clipping": (method.clipping, plan.clipping),
+    }
+    for key, (now, then) in stated.items():
+        if now != then:
+            raise SottoError(
+                "SOT514", what=f"{key} is not what it was when the run began", where=str(run.path / "config.yaml"),
+                why="the guarantee of a run follows from its plan, which is settled before the first step",
+                fix="restore the value, or start a new run with the new one",
+            )  # fmt: skip
+
+
+def _digest(data: LoadedData) -> str:
+    """What the loop sees of the data, exactly: tokens, labels, units, and their order."""
+    digest = hashlib.sha256()
+    examples, units = data.examples, data.units
+    for array in (examples.input_ids, examples.offsets, examples.labels, units.offsets, units.members):
+        digest.update(b"" if array is None else array.tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, str]) -> Session:
+    optimizer = Optimizer(parts.engine.parameters, config.run, plan.steps)
+    key, debug = bytes.fromhex(secret["sampling_key"]), config.run.debug_noise_seed is not None
+    sampler = PoissonSampler(len(parts.data.units), plan.sampling_prob, key, debug)
+    return Session(
+        config=config,
+        plan=plan,
+        run=run,
+        model=parts.model,
+        tokenizer=parts.tokenizer,
+        engine=parts.engine,
+        data=parts.data,
+        sampler=sampler,
+        mechanism=_mechanism(config, plan),
+        budget=NoBudget(),
+        optimizer=optimizer,
+        device=parts.device,
+        microbatch_size=parts.estimate.microbatch_size,
+        checkpoint_every=config.run.checkpoint_every or _checkpoint_every(parts.engine, plan.steps),
+    )
+
+
+def _mechanism(config: Config, plan: Plan) -> Mechanism:
+    if not config.privacy.private:
+        return IdentityMechanism(divisor=plan.expected_batch_size)
+    seed = config.run.debug_noise_seed
+    noise = SecureNoise() if seed is None else DebugNoise(seed)
+    return GaussianMechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
+
+
+def _checkpoint_every(engine: Engine, steps: int) -> int:
+    """Small checkpoints often, large ones about ten times in a run: a crash charges what it lost a second time."""
+    megabytes = sum(p.numel() for p in engine.parameters.values()) * 12 / 1e6
+    return 1 if megabytes < 10 else max(1, steps // (50 if megabytes < 100 else 10))
+
+
+def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
+    parameters = session.engine.parameters
+    if parameters.keys() != latest.weights.keys():
+        raise SottoError(
+            "SOT508", what="the checkpoint belongs to another model", where=str(session.run.checkpoints),
+            why="its parameters are not those of this configuration", fix="restore config.yaml of the run",
+        )  # fmt: skip
+    with torch.no_grad():
+        for name, value in latest.weights.items():
+            parameters[name].copy_(value)
+    session.optimizer.load_state_tensors(latest.optimizer)
+    session.step = latest.step
+    session.microbatch_size = min(session.microbatch_size, latest.extra.get("microbatch_size", session.microbatch_size))
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on, for privacy.json."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("sotto", "torch", "transformers", "peft", "dp-accounting", "numpy")} | {
+        "threads": str(torch.get_num_threads()),
+    }  # fmt: skip

@@ -1,0 +1,270 @@
+"""The loop. One step: reserve, draw, sum, noise, update.
+
+`ledger.reserve` comes first: the spend is on disk before any data is touched, so a crash can only over-count. After
+`privatize` everything is post-processing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from sotto import checkpoint
+from sotto.config import Config
+from sotto.data import LoadedData, PoissonSampler, microbatches
+from sotto.errors import SottoError
+from sotto.gradients.base import ClippedSum
+from sotto.gradients.engine import Engine
+from sotto.gradients.self_check import verify
+from sotto.losses import forward_losses, to_device
+from sotto.metrics import Metrics
+from sotto.optim import Optimizer, learning_rate
+from sotto.privacy.plan import Plan
+from sotto.rundir import RunDir
+
+CHECKED_UNITS = 3
+CHECKED_EXAMPLES = 12
+BFLOAT16_TOLERANCE = 5e-2
+"""A bfloat16 has 8 bits: the same text alone and in a padded batch differs by about a hundredth."""
+
+
+class Mechanism(Protocol):
+    def privatize(self, total: ClippedSum, step: int) -> dict[str, torch.Tensor]: ...
+
+
+class Budget(Protocol):
+    """Where steps are paid for."""
+
+    def reserve(self, step: int) -> int | None:
+        """Pays for a step. Returns how often it was paid for before, or None when nothing is left to pay with."""
+        ...
+
+
+@dataclass
+class Session:
+    """Everything that a run needs, built once by `sotto.session`."""
+
+    config: Config
+    plan: Plan
+    run: RunDir
+    model: nn.Module
+    tokenizer: Any
+    engine: Engine
+    data: LoadedData
+    sampler: PoissonSampler
+    mechanism: Mechanism
+    budget: Budget
+    optimizer: Optimizer
+    device: torch.device
+    microbatch_size: int
+    checkpoint_every: int
+    step: int = 0
+    progress: Callable[[int, dict[str, Any]], None] = lambda step, values: None
+    stop_requested: bool = False
+    notes: list[str] = field(default_factory=list)
+    held: ExitStack = field(default_factory=ExitStack)
+    """The lock on the run folder, from before the first file is read until the run ends."""
+
+
+def train_loop(session: Session, metrics: Metrics) -> bool:
+    """Runs from `session.step` to the end. Returns False if it was stopped by a signal and can be resumed."""
+    s, plan = session, session.plan
+    for step in range(s.step, plan.steps):
+        attempt = s.budget.reserve(step)  # write-ahead: the spend is on disk before data is touched
+        if attempt is None:
+            s.notes.append(f"stopped after {step} of {plan.steps} steps: the next one would have passed the budget")
+            save_checkpoint(s)
+            break
+        units = s.sampler.draw(step, attempt)  # Poisson; may be empty, and then still noises
+        with dropout_stream(s, step):
+            total = clipped_sum(s, units)
+        update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
+        s.optimizer.step(update, step)
+        s.step = step + 1
+        public, private = describe_step(s, step, total, update, units)
+        metrics.log(s.step, public, private)
+        s.progress(s.step, {**public, **private})
+        if s.stop_requested or s.step % s.checkpoint_every == 0 or s.step == plan.steps:
+            save_checkpoint(s)
+        if s.stop_requested and s.step < plan.steps:
+            return False
+    return True
+
+
+def clipped_sum(session: Session, units: np.ndarray) -> ClippedSum:
+    """The sum over the drawn units of their clipped gradients, in microbatches that never split a unit.
+
+    Out of memory halves the microbatch and starts the same logical batch again; nothing has been released by then.
+    """
+    s = session
+    while True:
+        try:
+            return _clipped_sum(s, units)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if s.microbatch_size == 1:
+                raise _does_not_fit(s) from None
+            s.microbatch_size = max(1, s.microbatch_size // 2)
+        # Only here, after the exception and the tensors that its frames hold are gone, is there something to free.
+        if s.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _clipped_sum(s: Session, units: np.ndarray) -> ClippedSum:
+    total = s.engine.zeros()
+    if len(units) == 0:
+        return total
+    examples, unit_of = s.data.units.members_of(units)
+    for rows in microbatches(examples, unit_of, s.data.examples.lengths, s.microbatch_size):
+        losses = losses_of(s, examples[rows])
+        total += s.engine.backward(losses, torch.from_numpy(unit_of[rows]).to(s.device))
+    return total
+
+
+def losses_of(s: Session, examples: np.ndarray) -> torch.Tensor:
+    """(B,) losses of these examples, with their graph."""
+    batch = to_device(s.data.examples.collate(examples, s.tokenizer.pad_token_id), s.device)
+    with autocast(s.config, s.device):
+        return forward_losses(s.model, batch, s.config.data.task)
+
+
+def autocast(config: Config, device: torch.device) -> Any:
+    if config.model.dtype == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def _does_not_fit(s: Session) -> SottoError:
+    return SottoError(
+        "SOT513", what="out of memory with one example at a time", where=f"run.microbatch_size; {s.device}",
+        why="the examples of one unit must be in memory together; the last checkpoint is untouched, and steps that "
+        "were begun stay charged",
+        fix="lower data.max_length or privacy.max_examples_per_unit, or use method.train: lora, in a new run",
+    )  # fmt: skip
+
+
+@contextmanager
+def dropout_stream(session: Session, step: int) -> Iterator[None]:
+    """Gives each step dropout masks of its own, so that a step that is done again sees the same ones."""
+    if not session.config.method.dropout:
+        yield
+        return
+    seed = hashlib.sha256(f"dropout/{session.config.run.seed}/{step}".encode()).digest()[:8]
+    with torch.random.fork_rng(devices=[session.device] if session.device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(seed, "little"))
+        yield
+
+
+def check_first_batch(session: Session) -> None:
+    """Compares the engine with plain autograd on a few units of the first batch, before anything is written."""
+    s = session
+    if len(s.data.units) == 0:
+        return
+    units = s.sampler.draw(s.step, 0)[:CHECKED_UNITS]
+    if len(units) < 2:
+        units = np.arange(min(CHECKED_UNITS, len(s.data.units)))
+    examples, unit_of = s.data.units.members_of(units)
+    was_training = s.model.training
+    s.model.eval()  # dropout would make any two passes differ
+    few = max(1, min(CHECKED_EXAMPLES, s.microbatch_size) // CHECKED_UNITS)
+    try:
+        while True:
+            kept = np.sort(np.concatenate([np.flatnonzero(unit_of == unit)[:few] for unit in np.unique(unit_of)]))
+            try:
+                _verify(s, examples[kept], unit_of[kept])
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if few == 1:
+                    raise _does_not_fit(s) from None
+            few //= 2
+    finally:
+        s.model.train(was_training)
+
+
+def _verify(s: Session, examples: np.ndarray, unit_of: np.ndarray) -> None:
+    units = torch.from_numpy(unit_of).to(s.device)
+    # Autocast is on inside `losses_of` only, so `verify` cannot see it for itself.
+    tolerance = BFLOAT16_TOLERANCE if s.config.model.dtype == "bfloat16" else None
+    verify(s.engine, lambda rows: losses_of(s, examples[rows.cpu().numpy()]), units, tolerance)
+
+
+def describe_step(
+    s: Session, step: int, total: ClippedSum, update: dict[str, torch.Tensor], units: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Public and private numbers of a step. The norm of the update is public if it was computed after the noise."""
+    norms = total.norms[torch.isfinite(total.norms)]
+    update_norm = {"update_norm": float(torch.stack([u.detach().float().norm() for u in update.values()]).norm())}
+    public = {
+        "learning_rate": learning_rate(s.config.run, step, s.plan.steps),
+        "noise_multiplier": s.plan.noise_multiplier,
+        **(update_norm if s.plan.private else {}),
+    }
+    private = {
+        **({} if s.plan.private else update_norm),
+        "units": len(units),
+        "clipped_fraction": float((norms > s.plan.clip_norm).float().mean()) if len(norms) else None,
+        "median_norm": float(norms.median()) if len(norms) else None,
+        "not_finite": len(total.norms) - len(norms),
+    }
+    return public, private
+
+
+def save_checkpoint(session: Session) -> None:
+    """Writes a checkpoint.
+
+    Raises:
+      SottoError: the disk is full or read-only. The last good checkpoint is untouched.
+    """
+    s = session
+    state = checkpoint.Checkpoint(
+        step=s.step,
+        weights=dict(s.engine.parameters),
+        optimizer=s.optimizer.state_tensors(),
+        extra={"microbatch_size": s.microbatch_size},
+    )
+    try:
+        checkpoint.save(s.run.checkpoints, state)
+    except OSError as error:
+        raise SottoError(
+            "SOT505", what=f"cannot write the checkpoint: {error.strerror or error}", where=str(s.run.checkpoints),
+            why="the disk is full or read-only; the last good checkpoint is untouched",
+            fix=f"make room, then: sotto resume {s.run.path}",
+        ) from None  # fmt: skip
+
+
+@contextmanager
+def graceful_stop(session: Session) -> Iterator[None]:
+    """Ctrl-C and SIGTERM finish the step and save; a second Ctrl-C stops at once (that step is charged again)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if session.stop_requested:
+            raise KeyboardInterrupt
+        session.stop_requested = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,33 @@
+"""What every test shares: no network, a ledger of its own, one thread per process (tests run side by side)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def _own_ledger(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may charge the ledger of the person who runs it."""
+    monkeypatch.setenv("SOTTO_LEDGER_DIR", str(tmp_path_factory.mktemp("ledger")))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data and models that is not part of the project; tests that want it skip without it."""
+    folder = Path(os.environ.get("SOTTO_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("real data is not at hand: set SOTTO_SHARED to a folder with data/ and models/")
+    return folder

@@ -1,0 +1,145 @@
+"""What is released is (sum + noise) / divisor, with the noise that the accountant was told of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sotto.errors import SottoError
+from sotto.gradients.base import ClippedSum
+from sotto.privacy import mechanism as mechanism_module
+from sotto.privacy.mechanism import GaussianMechanism, IdentityMechanism
+from sotto.privacy.noise import DebugNoise, SecureNoise
+
+
+def total(gradients, sensitivity=1.0):
+    return ClippedSum(gradients, torch.zeros(0), sensitivity)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def check_scale(released: torch.Tensor, std: float) -> None:
+    """Within 0.5 %: 7 standard errors at a million coordinates."""
+    assert float(released.double().std()) == pytest.approx(std, rel=5e-3)
+    assert abs(float(released.double().mean())) < 6 * std / released.numel() ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("noise_multiplier", "sensitivity", "divisor"), [(1.0, 1.0, 1.0), (0.7, 0.1, 64.0), (4, 10, 1024)]
+)
+def test_an_empty_batch_is_all_noise(noise_multiplier, sensitivity, divisor):
+    mechanism = GaussianMechanism(noise_multiplier, divisor, SecureNoise())
+    released = mechanism.privatize(total({"w": zeros(1000, 1000)}, sensitivity), step=0)["w"]
+    std = noise_multiplier * sensitivity / divisor
+    assert mechanism.scale(sensitivity) == pytest.approx(std)
+    check_scale(released, std)
+    for mutant in (0.7, 1.3, 0.99, 1.01, 1 / divisor if divisor != 1 else 2.0):
+        with pytest.raises(AssertionError):
+            check_scale(released * mutant, std)
+
+
+def test_every_parameter_is_noised_independently():
+    gradients = {f"layer.{i}.weight": zeros(100, 100) for i in range(5)} | {"bias": zeros(10_000), "scalar": zeros(1)}
+    released = GaussianMechanism(1.0, 10.0, SecureNoise()).privatize(total(gradients), step=0)
+    assert released.keys() == gradients.keys()
+    assert all(bool((value != 0).all()) for value in released.values())
+    flat = [value.flatten() for value in released.values() if value.numel() == 10_000]
+    correlations = torch.corrcoef(torch.stack(flat)) - torch.eye(len(flat))
+    assert float(correlations.abs().max()) < 0.055
+
+
+@pytest.mark.parametrize("noise", [SecureNoise(), DebugNoise(1)], ids=repr)
+def test_no_two_steps_share_noise(noise):
+    mechanism = GaussianMechanism(1.0, 1.0, noise)
+    steps = [mechanism.privatize(total({"w": zeros(10_000)}), step=step)["w"] for step in range(3)]
+    correlations = torch.corrcoef(torch.stack(steps)) - torch.eye(3)
+    assert float(correlations.abs().max()) < 0.055
+
+
+def test_the_sum_is_kept():
+    value = torch.randn(50, 20, dtype=torch.float64)
+    before = value.clone()
+    released = GaussianMechanism(1e-9, 4.0, SecureNoise()).privatize(total({"w": value}), step=0)["w"]
+    assert torch.allclose(released, value / 4, atol=1e-8)
+    assert torch.equal(value, before)
+
+
+@pytest.mark.parametrize(
+    ("given_", "out"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_noise_is_added_in_full_precision(given_, out):
+    for mechanism in (GaussianMechanism(1.0, 3.0, SecureNoise()), IdentityMechanism(3.0)):
+        released = mechanism.privatize(total({"w": torch.ones(100_000, dtype=given_)}), step=0)["w"]
+        assert released.dtype == out
+    noised = GaussianMechanism(1.0, 3.0, SecureNoise()).privatize(total({"w": zeros(100_000, dtype=given_)}), 0)["w"]
+    assert len(noised.unique()) > 0.99 * noised.numel()
+    assert len(noised.bfloat16().unique()) < 0.1 * noised.numel()  # the twin: what half precision would give
+
+
+def test_odd_shapes_and_layouts():
+    gradients = {"t": torch.arange(12.0).reshape(3, 4).T, "none": zeros(0, 3), "scalar": torch.tensor(2.0)}
+    released = GaussianMechanism(1e-9, 1.0, SecureNoise()).privatize(total(gradients), step=0)
+    for name, value in gradients.items():
+        assert released[name].shape == value.shape
+        assert torch.allclose(released[name], value, atol=1e-6)
+
+
+def test_large_tensors_are_noised_in_pieces(monkeypatch):
+    monkeypatch.setattr(mechanism_module, "_PIECE", 1000)
+    value = torch.arange(2500.0)
+    released = GaussianMechanism(1e-9, 1.0, DebugNoise(0)).privatize(total({"w": value}), step=0)["w"]
+    assert torch.allclose(released, value, atol=1e-6)
+    noise = GaussianMechanism(1.0, 1.0, DebugNoise(0)).privatize(total({"w": zeros(2500)}), step=0)["w"]
+    assert len(noise.unique()) == 2500
+
+
+def test_same_debug_noise_same_release():
+    runs = [
+        GaussianMechanism(1.0, 2.0, DebugNoise(5)).privatize(total({"w": zeros(100)}), step=4)["w"] for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_sums_are_never_released(bad):
+    gradients = {"fine": zeros(3), "broken": torch.tensor([0.0, bad])}
+    for mechanism in (GaussianMechanism(1.0, 2.0, SecureNoise()), IdentityMechanism(2.0)):
+        with pytest.raises(SottoError) as caught:
+            mechanism.privatize(total(gradients), step=0)
+        assert caught.value.code == "SOT430"
+        assert "broken" in str(caught.value)
+
+
+def test_bad_arguments():
+    noise = SecureNoise()
+    for multiplier, divisor in (
+        (0.0, 1.0),
+        (-1.0, 1.0),
+        (float("nan"), 1.0),
+        (float("inf"), 1.0),
+        (1.0, 0.0),
+        (1.0, -2.0),
+    ):
+        with pytest.raises(SottoError):
+            GaussianMechanism(multiplier, divisor, noise)
+    for sensitivity in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(SottoError):
+            GaussianMechanism(1.0, 1.0, noise).privatize(total({"w": zeros(2)}, sensitivity), step=0)
+    with pytest.raises(SottoError):
+        GaussianMechanism(1.0, 1.0, noise).privatize(total({}), step=0)
+    with pytest.raises(SottoError):
+        IdentityMechanism(0.0)
+
+
+def test_private():
+    assert GaussianMechanism(1.0, 1.0, SecureNoise()).private
+    assert not GaussianMechanism(1.0, 1.0, DebugNoise(0)).private
+    assert not IdentityMechanism(1.0).private

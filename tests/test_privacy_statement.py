@@ -1,0 +1,132 @@
+"""The words that the data protection officer signs: right numbers, rounded up, and nothing for a run without them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from sotto.config import Config
+from sotto.errors import SottoError
+from sotto.privacy import accounting, statement
+from sotto.privacy.plan import Plan, make_plan
+from sotto.report import card, plan_text
+
+
+def config(**privacy: object) -> Config:
+    return Config.from_dict(
+        {
+            "model": {"name": "tiny"},
+            "data": {"train": "x.csv", "text": "note", "label": "code", "labels": ["a", "b"]},
+            "privacy": {"unit": "patient_id", "epsilon": 3.0, "num_units": 1275, "max_examples_per_unit": 4, **privacy},
+            "run": {"expected_batch_size": 80, "steps": 40},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(config())
+
+
+def test_plan_pays_for_spare_steps_within_the_budget(plan: Plan) -> None:
+    assert plan.spare_steps == 1
+    assert plan.epsilon_after(plan.total_steps) <= 3.0
+    assert plan.planned_epsilon is not None
+    assert plan.planned_epsilon < 3.0
+    assert plan.sampling_prob == 80 / 1275
+
+
+def test_noise_is_as_small_as_the_budget_allows(plan: Plan) -> None:
+    spent = accounting.epsilon(plan.noise_multiplier * 0.99, plan.sampling_prob, plan.total_steps, plan.delta)
+    assert spent > 3.0
+
+
+def test_plan_survives_json(plan: Plan) -> None:
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_frontier_is_monotone(plan: Plan) -> None:
+    noise = [row.noise_multiplier for row in plan.frontier()]
+    assert noise == sorted(noise, reverse=True)
+    larger = plan.larger_batch()
+    assert larger is not None
+    assert larger.expected_batch_size == 160
+    assert dataclasses.replace(plan, num_units=100).larger_batch() is None
+
+
+def test_redone_steps_are_charged(plan: Plan) -> None:
+    once = statement.earned(plan, 40, 40, 0.0, 1)
+    again = statement.earned(plan, 40, 41, 0.0, 1)
+    assert again.epsilon > once.epsilon
+    assert "1 step(s) were lost and done again" in statement.text(again)
+    assert "lost" not in statement.text(once).split("HOW")[1].split("THIS DATASET")[0]
+
+
+def test_dataset_total_is_never_below_the_run(plan: Plan) -> None:
+    assert statement.earned(plan, 40, 40, 0.5, 2).dataset_epsilon >= plan.epsilon_after(40)
+
+
+def test_no_statement_without_a_guarantee() -> None:
+    for not_private in (
+        make_plan(config(epsilon="none")),
+        dataclasses.replace(make_plan(config()), not_private="debug"),
+    ):
+        with pytest.raises(SottoError, match="no guarantee"):
+            statement.earned(not_private, 40, 40, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(2.9991, "3.000"), (3.0, "3.000"), (3.00001, "3.001"), (float("inf"), "infinite")]
+)
+def test_numbers_are_rounded_up(value: float, shown: str) -> None:
+    assert accounting.round_up(value) == shown
+
+
+def test_attackers_bound_is_proven_and_not_trivial(plan: Plan) -> None:
+    guarantee = statement.earned(plan, 40, 40, 0.0, 1)
+    found = guarantee.detection_rate(0.01)
+    # The exact trade-off of 40 sampled Gaussians lies below every (epsilon, delta) line and above that of no attack.
+    assert 0.01 < found <= 0.01 * 2.718281828**guarantee.epsilon + plan.delta
+    assert guarantee.detection_rate(0.5) > found
+
+
+def test_text_names_everything(plan: Plan) -> None:
+    text = statement.text(statement.earned(plan, 40, 40, 0.0, 1))
+    for word in ("PRIVACY STATEMENT", "patient_id", "add_or_remove_one", "1e-05", "1,275", "NOT COVERED", "Renyi"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 115
+
+
+def test_machine_readable_matches(plan: Plan) -> None:
+    guarantee = statement.earned(plan, 40, 40, 0.0, 1)
+    facts = statement.machine_readable(guarantee, {"sotto": "0"})
+    assert facts["epsilon"] >= guarantee.epsilon - 1e-12
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_card_carries_the_guarantee(plan: Plan) -> None:
+    import yaml
+
+    guarantee = statement.earned(plan, 40, 40, 0.0, 1)
+    facts = statement.machine_readable(guarantee, {})
+    text = card.render(base="tiny", title="t", task="classification", form="plain", privacy=facts,
+                       statement=statement.text(guarantee), reason=None)  # fmt: skip
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["dp"]["epsilon"] == facts["epsilon"]
+    assert "PRIVACY STATEMENT" in text
+
+
+def test_card_of_a_run_without_guarantee_says_so() -> None:
+    text = card.render(
+        base="tiny", title="t", task="generation", form="adapter", privacy=None, statement=None, reason="x"
+    )
+    assert "**NOT PRIVATE.**" in text
+    assert "private: false" in text
+
+
+def test_plan_text_warns_of_a_large_delta() -> None:
+    assert "WARNING" in plan_text.render(make_plan(config(delta=0.01)))
+    assert "WARNING" not in plan_text.render(make_plan(config()))
+    assert "NOT PRIVATE" in plan_text.render(make_plan(config(epsilon="none")))
