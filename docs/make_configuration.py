@@ -25,7 +25,7 @@ environment variable. `--set section.key=value` on the command line overrides on
 
 Epsilon depends on the keys of `privacy`, on `run.expected_batch_size`, on `run.steps` or `run.epochs`, and on
 `run.spare_steps`. `run.microbatch_size`, `run.memory_gib`, `run.device` and `method.gradient` change speed and memory
-only.
+only; but `method.gradient: layerwise` is another way to clip, with other scores under the same epsilon.
 """
 
 

@@ -146,11 +146,20 @@ class MethodSection(Section):
     """Adapter initialisation. Those that look at data (EVA, CorDA, LoRA-GA) are refused: they would not be private."""
     lora_layers: tuple[int, ...] | None = None
     """Indices of the blocks that get adapters; all when absent. Fewer upper blocks train faster."""
-    gradient: Literal["auto", "per_example", "ghost", "book_keeping"] = "auto"
-    """How clipped sums are computed. All of them give the same numbers; `auto` takes the fastest that fits."""
-    clipping: Literal["flat", "automatic"] = "flat"
-    """`flat`: scale down to clip_norm. `automatic`: normalise every unit to clip_norm (AUTO-S); nothing to tune."""
+    gradient: Literal["auto", "per_example", "ghost", "book_keeping", "layerwise"] = "auto"
+    """How clipped sums are computed. `auto` is book_keeping: one backward pass. ghost: two, in less memory.
+    per_example: one for each unit; slow, to check the others. These give the same numbers. layerwise clips every layer
+    to clip_norm / sqrt(layers) within one pass: least time and memory, another sum under the same guarantee."""
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    """`flat`: scale down to clip_norm. `automatic`: normalise every unit to clip_norm (AUTO-S); nothing to tune.
+    `adaptive`: flat, from clip_norm on, with a threshold that follows a quantile of the norms."""
     clip_norm: Positive = 1.0
+    """Bound on the norm of one unit's gradient. The noise is proportional to it."""
+    clip_quantile: Annotated[Fraction, Field(gt=0)] = 0.5
+    """Adaptive clipping: the part of the units that should stay unclipped."""
+    clip_share: Annotated[Fraction, Field(gt=0)] = 0.01
+    """Adaptive clipping: the part of each step's privacy that pays for measuring it. Epsilon stays the same, and the
+    noise on the gradients grows by half this part."""
     dropout: bool = False
     """Keep the model's dropout. Off by default: noise already regularises."""
 

@@ -23,14 +23,14 @@ from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler
 from sotto.data.load import ledger_id, load_dataset_for
 from sotto.errors import SottoError
-from sotto.gradients.clipping import CLIPPINGS, Unclipped
+from sotto.gradients.clipping import CLIPPINGS, Adaptive, Clipping, Unclipped
 from sotto.gradients.engine import Engine, attach
 from sotto.metrics import no_tensorboard
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
 from sotto.privacy.ledger import Ledger
-from sotto.privacy.mechanism import GaussianMechanism, IdentityMechanism
+from sotto.privacy.mechanism import AdaptiveGaussianMechanism, GaussianMechanism, IdentityMechanism
 from sotto.privacy.noise import DebugNoise, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
 from sotto.rundir import RunDir, require_writable
@@ -79,11 +79,19 @@ def load_parts(config: Config) -> Loaded:
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     data = load_dataset_for(config, loaded.tokenizer, "train")
     model = prepare(loaded.model, config.method, config.run.seed).to(device).train()
-    clipping = CLIPPINGS[config.method.clipping](config.method.clip_norm) if config.privacy.private else Unclipped()
-    engine = attach(model, algorithm=config.method.gradient, clipping=clipping)
+    engine = attach(model, algorithm=config.method.gradient, clipping=_clipping(config))
     return Loaded(
         model, loaded.tokenizer, engine, data, memory.estimate(loaded.facts, config, _budget(config, device)), device
     )
+
+
+def _clipping(config: Config) -> Clipping:
+    method, layerwise = config.method, config.method.gradient == "layerwise"
+    if not config.privacy.private:
+        return Unclipped(layerwise=layerwise)
+    if method.clipping == "adaptive":
+        return Adaptive(method.clip_norm, layerwise, method.clip_quantile)
+    return CLIPPINGS[method.clipping](method.clip_norm, layerwise)
 
 
 def _budget(config: Config, device: torch.device) -> int | None:
@@ -202,6 +210,7 @@ def _require_same_plan(config: Config, plan: Plan, run: RunDir) -> None:
         "run.debug_noise_seed": (config.not_private, plan.not_private),
         "method.clip_norm": (method.clip_norm, plan.clip_norm),
         "method.clipping": (method.clipping, plan.clipping),
+        "method.gradient: layerwise": (method.gradient == "layerwise", plan.layerwise),
     }
     for key, (now, then) in stated.items():
         if now != then:
@@ -235,7 +244,7 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
         engine=parts.engine,
         data=parts.data,
         sampler=sampler,
-        mechanism=_mechanism(config, plan),
+        mechanism=_mechanism(config, plan, parts.engine.clipping),
         budget=NoBudget(),
         optimizer=optimizer,
         device=parts.device,
@@ -244,11 +253,14 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
     )
 
 
-def _mechanism(config: Config, plan: Plan) -> Mechanism:
+def _mechanism(config: Config, plan: Plan, clipping: Clipping) -> Mechanism:
     if not config.privacy.private:
         return IdentityMechanism(divisor=plan.expected_batch_size)
     seed = config.run.debug_noise_seed
     noise = SecureNoise() if seed is None else DebugNoise(seed)
+    if isinstance(clipping, Adaptive):
+        share = config.method.clip_share
+        return AdaptiveGaussianMechanism(plan.noise_multiplier, plan.expected_batch_size, noise, clipping, share)
     return GaussianMechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
 
 
@@ -270,6 +282,8 @@ def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
             parameters[name].copy_(value)
     session.optimizer.load_state_tensors(latest.optimizer)
     session.step = latest.step
+    if isinstance(session.engine.clipping, Adaptive):
+        session.engine.clipping.thresholds = latest.extra["clip_thresholds"]
     session.microbatch_size = min(session.microbatch_size, latest.extra.get("microbatch_size", session.microbatch_size))
 
 

@@ -23,6 +23,7 @@ from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler, microbatches
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
+from sotto.gradients.clipping import Adaptive
 from sotto.gradients.engine import Engine
 from sotto.gradients.self_check import verify
 from sotto.losses import forward_losses, to_device
@@ -87,10 +88,12 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
         units = s.sampler.draw(step, attempt)  # Poisson; may be empty, and then still noises
         with dropout_stream(s, step):
             total = clipped_sum(s, units)
+        private = private_numbers(s, total, units)
         update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
         s.optimizer.step(update, step)
         s.step = step + 1
-        public, private = describe_step(s, step, total, update, units)
+        public = public_numbers(s, step, total.sensitivity)
+        (public if plan.private else private)["update_norm"] = norm_of(update)  # public only after noise
         metrics.log(s.step, public, private)
         s.progress(s.step, {**public, **private})
         if s.stop_requested or s.step % s.checkpoint_every == 0 or s.step == plan.steps:
@@ -206,25 +209,29 @@ def _verify(s: Session, examples: np.ndarray, unit_of: np.ndarray) -> None:
     verify(s.engine, lambda rows: losses_of(s, examples[rows.cpu().numpy()]), units, tolerance)
 
 
-def describe_step(
-    s: Session, step: int, total: ClippedSum, update: dict[str, torch.Tensor], units: np.ndarray
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Public and private numbers of a step. The norm of the update is public if it was computed after the noise."""
-    norms = total.norms[torch.isfinite(total.norms)]
-    update_norm = {"update_norm": float(torch.stack([u.detach().float().norm() for u in update.values()]).norm())}
-    public = {
-        "learning_rate": learning_rate(s.config.run, step, s.plan.steps),
-        "noise_multiplier": s.plan.noise_multiplier,
-        **(update_norm if s.plan.private else {}),
-    }
-    private = {
-        **({} if s.plan.private else update_norm),
+def private_numbers(s: Session, total: ClippedSum, units: np.ndarray) -> dict[str, Any]:
+    """What the raw sum shows of a step: for the owner of the data alone."""
+    finite = torch.isfinite(total.norms)
+    norms, factor_UG = total.norms[finite], s.engine.clipping.coefficients(total.group_norms[finite])
+    return {
         "units": len(units),
-        "clipped_fraction": float((norms > s.plan.clip_norm).float().mean()) if len(norms) else None,
+        "clipped_fraction": float((factor_UG < 1).float().mean()) if len(norms) else None,
         "median_norm": float(norms.median()) if len(norms) else None,
         "not_finite": len(total.norms) - len(norms),
     }
-    return public, private
+
+
+def public_numbers(s: Session, step: int, sensitivity: float) -> dict[str, Any]:
+    """What is known of a step without the data, or from noisy releases."""
+    return {
+        "learning_rate": learning_rate(s.config.run, step, s.plan.steps),
+        "noise_multiplier": s.plan.noise_multiplier,
+        **({"clip_norm": sensitivity} if s.plan.private else {}),
+    }
+
+
+def norm_of(update: dict[str, torch.Tensor]) -> float:
+    return float(torch.stack([u.detach().float().norm() for u in update.values()]).norm())
 
 
 def save_checkpoint(session: Session) -> None:
@@ -238,7 +245,10 @@ def save_checkpoint(session: Session) -> None:
         step=s.step,
         weights=dict(s.engine.parameters),
         optimizer=s.optimizer.state_tensors(),
-        extra={"microbatch_size": s.microbatch_size},
+        extra={
+            "microbatch_size": s.microbatch_size,
+            **({"clip_thresholds": clipping.thresholds} if isinstance(clipping := s.engine.clipping, Adaptive) else {}),
+        },
     )
     try:
         checkpoint.save(s.run.checkpoints, state)

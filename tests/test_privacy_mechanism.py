@@ -7,13 +7,14 @@ import torch
 
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
+from sotto.gradients.clipping import Adaptive
 from sotto.privacy import mechanism as mechanism_module
-from sotto.privacy.mechanism import GaussianMechanism, IdentityMechanism
+from sotto.privacy.mechanism import AdaptiveGaussianMechanism, GaussianMechanism, IdentityMechanism
 from sotto.privacy.noise import DebugNoise, SecureNoise
 
 
 def total(gradients, sensitivity=1.0):
-    return ClippedSum(gradients, torch.zeros(0), sensitivity)
+    return ClippedSum(gradients, torch.zeros(0, 1), sensitivity)
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -143,3 +144,59 @@ def test_private():
     assert GaussianMechanism(1.0, 1.0, SecureNoise()).private
     assert not GaussianMechanism(1.0, 1.0, DebugNoise(0)).private
     assert not IdentityMechanism(1.0).private
+
+
+# ---- adaptive: a sum and a count in one release
+
+
+def adaptive(groups: int, share: float = 0.2, divisor: float = 50.0):
+    clipping = Adaptive(1.0, thresholds=[1.0] * groups)
+    return AdaptiveGaussianMechanism(0.8, divisor, SecureNoise(), clipping, share), clipping
+
+
+@pytest.mark.parametrize("groups", [1, 7])
+def test_sum_and_counts_together_cost_what_the_plan_bought(groups):
+    """Per unit of sensitivity, squared: that of the sum, and G counts that move by 1/2 each."""
+    mechanism, _ = adaptive(groups)
+    z_sum, count_std = mechanism.scale(1.0) * 50.0, mechanism.count_std(groups)
+    assert 1 / z_sum**2 + groups * 0.25 / count_std**2 == pytest.approx(1 / 0.8**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 7])
+def test_both_parts_get_the_noise_that_was_paid_for(groups):
+    mechanism, clipping = adaptive(groups)
+    sums, fractions = [], []
+    norms = torch.rand(30, groups, dtype=torch.float64) * 2
+    expected = clipping.count_unclipped(norms) / 50 + 0.5
+
+    def record(fraction_G):
+        fractions.append(fraction_G - expected)
+
+    clipping.follow = record
+    for step in range(400 if groups > 1 else 2500):
+        batch = ClippedSum({"w": zeros(400)}, norms, 2.0)
+        sums.append(mechanism.privatize(batch, step)["w"])
+    noise, noise_of_counts = torch.cat(sums).double(), torch.cat(fractions)
+    for found, std in ((noise, mechanism.scale(2.0)), (noise_of_counts, mechanism.count_std(groups) / 50)):
+        spread = 5 / (2 * found.numel()) ** 0.5  # five standard errors
+        assert float(found.std()) == pytest.approx(std, rel=spread)
+        assert abs(float(found.mean())) < 5 * std / found.numel() ** 0.5
+        for mutant in (0.8, 1.25):
+            assert float(found.std()) * mutant != pytest.approx(std, rel=spread)
+    assert len(noise) + len(noise_of_counts) > 100_000
+
+
+def test_thresholds_move_after_the_step_and_only_by_what_was_released():
+    mechanism, clipping = adaptive(1, share=0.01, divisor=1e9)
+    mechanism.privatize(ClippedSum({"w": zeros(3)}, torch.zeros(0, 1), 1.0), step=0)
+    assert clipping.thresholds[0] == pytest.approx(1.0, abs=1e-6), "an empty batch says: one half, give or take noise"
+    one, two = (AdaptiveGaussianMechanism(0.8, 50.0, DebugNoise(3), Adaptive(1.0, thresholds=[1.0])) for _ in "12")
+    for mechanism, norms in ((one, torch.full((30, 1), 0.1)), (two, torch.full((30, 1), 9.0))):
+        mechanism.privatize(ClippedSum({"w": zeros(3)}, norms.double(), 1.0), step=0)
+    assert one.quantile.sensitivity < 1.0 < two.quantile.sensitivity
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_a_share_that_pays_for_nothing_is_refused(share):
+    with pytest.raises(SottoError, match="SOT401"):
+        AdaptiveGaussianMechanism(1.0, 1.0, SecureNoise(), Adaptive(1.0), share)

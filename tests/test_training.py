@@ -115,6 +115,43 @@ def test_bfloat16_trains_float32_weights(tmp_path: Path, kind: str) -> None:
     assert all(bool(value.isfinite().all()) for value in weights.values())
 
 
+@pytest.mark.parametrize("gradient", ["auto", "layerwise"])
+def test_adaptive_thresholds_move_are_public_and_cost_nothing_more(tmp_path: Path, gradient: str) -> None:
+    method = {"clipping": "adaptive", "clip_norm": 1e-3, "gradient": gradient, "clip_share": 0.1}
+    done = run(tmp_path, method=method, run={"steps": 8})
+    flat = run(tmp_path, run={"steps": 8})
+    assert done.epsilon == flat.epsilon
+    lines = [json.loads(line) for line in (done.path / "metrics.public.jsonl").read_text().splitlines()]
+    used = [line["clip_norm"] for line in lines]
+    assert used[0] == pytest.approx(1e-3)
+    assert len(set(used)) == 8
+    statement = " ".join((done.statement or "").split())
+    assert "followed noisy counts" in statement
+    assert ("each layer of its gradient" in statement) == (gradient == "layerwise")
+
+
+@pytest.mark.parametrize("method", [{"clipping": "adaptive"}, {"gradient": "layerwise"}], ids=str)
+def test_a_run_goes_on_exactly_where_it_stopped(
+    tmp_path: Path, method: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path, method=method, run=DEBUG)
+    original, calls = training.save_checkpoint, []
+
+    def stop_after_two(session: Any) -> None:
+        original(session)
+        calls.append(session.step)
+        if len(calls) == 2:
+            raise RuntimeError("power failure")
+
+    monkeypatch.setattr(training, "save_checkpoint", stop_after_two)
+    other = tiny_runs.config(tmp_path, method=method, run=DEBUG, output={"dir": str(tmp_path / "other")})
+    with pytest.raises(RuntimeError, match="power"):
+        sotto.train(other)
+    (stopped,) = sotto.ls(tmp_path / "other")
+    again = sotto.resume(stopped["run"])
+    tiny_runs.assert_same(tiny_runs.final_weights(whole.path), tiny_runs.final_weights(again.path))
+
+
 def test_dropout_and_every_optimizer_setting_run(tmp_path: Path) -> None:
     changes = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "schedule": "cosine", "warmup_ratio": 0.3}
     done = run(tmp_path, method={"dropout": True, "clipping": "automatic"}, run={**changes, "ema_decay": 0.5})
@@ -500,7 +537,8 @@ def test_public_metrics_hold_only_public_numbers(tmp_path: Path) -> None:
     done = run(tmp_path)
     public = [json.loads(line) for line in (done.path / "metrics.public.jsonl").read_text().splitlines()]
     assert [line["step"] for line in public] == [1, 2, 3, 4]
-    assert {key for line in public for key in line} == {"step", "learning_rate", "update_norm", "noise_multiplier"}
+    keys = {"step", "learning_rate", "update_norm", "noise_multiplier", "clip_norm"}
+    assert {key for line in public for key in line} == keys
     private = [json.loads(line) for line in (done.path / "metrics.private.jsonl").read_text().splitlines()]
     keys = {"step", "units", "clipped_fraction", "median_norm", "not_finite"}
     assert {key for line in private for key in line} == keys

@@ -18,15 +18,21 @@ class ClippedSum:
     Attributes:
       gradients: parameter name -> tensor of the parameter's shape, float32 or better. Every trainable parameter is
         present; one that no example of the batch reached holds zeros.
-      norms: (U,) gradient norm of each unit before clipping, in the order of the unit's first row in the batch. Private
-        values: never export them. A unit whose gradient is not finite has norm inf or nan and contributed zero.
+      group_norms: (U, G) gradient norm of each unit before clipping, in the order of the unit's first row in the batch,
+        for each group of parameters that is clipped on its own; G is 1 unless clipping is layer-wise. Private values:
+        never export them. Where a norm is inf or nan the unit contributed zero.
       sensitivity: an upper bound of how much `gradients`, read as one vector, can change in L2 norm when one unit is
         added or removed. (When one is replaced: twice this.)
     """
 
     gradients: dict[str, torch.Tensor]
-    norms: torch.Tensor
+    group_norms: torch.Tensor
     sensitivity: float
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """(U,) norm of each unit's whole gradient before clipping. Private values."""
+        return self.group_norms.square().sum(1).sqrt() if self.group_norms.shape[1] != 1 else self.group_norms[:, 0]
 
     def __iadd__(self, other: ClippedSum) -> ClippedSum:
         """Adds, in place, the sum over other units. The two must be disjoint: a unit in both would count twice."""
@@ -34,14 +40,14 @@ class ClippedSum:
             raise ValueError("these sums were not clipped by the same engine")
         for name, value in self.gradients.items():
             value += other.gradients[name]
-        self.norms = torch.cat([self.norms, other.norms.to(self.norms.device)])
+        self.group_norms = torch.cat([self.group_norms, other.group_norms.to(self.group_norms.device)])
         return self
 
     @classmethod
-    def zeros(cls, parameters: Mapping[str, torch.Tensor], sensitivity: float) -> ClippedSum:
+    def zeros(cls, parameters: Mapping[str, torch.Tensor], sensitivity: float, groups: int = 1) -> ClippedSum:
         """The sum over no units at all: what an empty Poisson batch contributes."""
         zeros = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
             for name, p in parameters.items()
         }
-        return cls(zeros, torch.zeros(0), sensitivity)
+        return cls(zeros, torch.zeros(0, groups, dtype=torch.float64), sensitivity)

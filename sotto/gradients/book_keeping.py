@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 
 def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
-    book = passes.record(engine, losses, rows, keep=True, retain=False)
-    norms_U = book.squared_U.sqrt()
-    factor_U = engine.clipping.coefficients(norms_U)
-    bad_U = ~torch.isfinite(norms_U)
-    bad_U = bad_U if bool(bad_U.any()) else None
+    book = passes.record(engine, losses, rows, engine.book(rows, keep=True), retain=False)
+    norms_UG = book.squared_UG.sqrt()
+    factor_UG = engine.clipping.coefficients(norms_UG)
+    bad_UG = ~torch.isfinite(norms_UG)
+    any_bad = bool(bad_UG.any())
     total = engine.zeros()
     for name in list(book.kept):
+        group = engine.group_of[name]
+        bad_U = bad_UG[:, group] if any_bad else None
         for piece in book.kept.pop(name):  # popped, so that each pair is freed as soon as it is used
-            total.gradients[name] += piece.weighted_sum(factor_U, rows, bad_U)
-    passes.add_slow(engine, losses, rows, factor_U, total.gradients)
-    return ClippedSum(total.gradients, norms_U, engine.clipping.sensitivity)
+            total.gradients[name] += piece.weighted_sum(factor_UG[:, group], rows, bad_U)
+    passes.add_slow(engine, losses, rows, factor_UG, total.gradients)
+    return ClippedSum(total.gradients, norms_UG, engine.clipping.sensitivity)

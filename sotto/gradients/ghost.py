@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
-    book = passes.record(engine, losses, rows, keep=False, retain=True)
-    norms_U = book.squared_U.sqrt()
-    factor_U = engine.clipping.coefficients(norms_U)
+    book = passes.record(engine, losses, rows, engine.book(rows, keep=False), retain=True)
+    norms_UG = book.squared_UG.sqrt()  # one group: `attach` refuses others, which would need one pass for each
+    factor_UG = engine.clipping.coefficients(norms_UG)
+    norms_U, factor_U = norms_UG[:, 0], factor_UG[:, 0]
     bad_U = ~torch.isfinite(norms_U)
     any_bad = bool(bad_U.any())
     bad_B = bad_U[rows.unit_of_B] if any_bad else None
@@ -31,5 +32,5 @@ def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
         if grad is not None and not (any_bad and name in engine.slow):
             sink += wide(grad)
     if any_bad:  # an untapped operation cannot mask a non-finite example: leave such units out one by one
-        passes.add_slow(engine, losses, rows, factor_U, total.gradients)
-    return ClippedSum(total.gradients, norms_U, engine.clipping.sensitivity)
+        passes.add_slow(engine, losses, rows, factor_UG, total.gradients)
+    return ClippedSum(total.gradients, norms_UG, engine.clipping.sensitivity)

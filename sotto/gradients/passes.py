@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,22 +17,21 @@ if TYPE_CHECKING:
     from sotto.gradients.engine import Engine
 
 
-def record(engine: Engine, losses: torch.Tensor, rows: Rows, *, keep: bool, retain: bool) -> Book:
+def record(engine: Engine, losses: torch.Tensor, rows: Rows, make: Callable[[set[str]], Book], *, retain: bool) -> Book:
     """One backward pass in which tapped operations fill a book; finds what needs the slow path and adds its norms.
 
     Args:
-      keep: keep pieces for the weighted sum, or only their norms.
+      make: an empty book, given the names of parameters that are used more than once.
       retain: keep the graph afterwards. It is kept in any case while something is unconfirmed or slow.
 
     Returns:
-      The book; `squared_U` is complete.
+      The book; `squared_UG` is complete.
     """
     state, parameters = engine.state, engine.parameters
     _note_slow(engine, set())  # sites declined in the forward pass
     retain = retain or bool(engine.slow) or bool(state.unconfirmed) or _is_new(engine)
     for _ in range(len(engine.sites) + 2):  # each round declines a site, finds a parameter used twice, or is the last
-        zeros_U = torch.zeros(rows.num_units, dtype=torch.float64, device=losses.device)
-        book = state.book = Book(rows, keep, state.shared | state.repeated, zeros_U)
+        book = state.book = make(state.shared | state.repeated)
         with engine.during(Phase.RECORD):
             untapped = _gradients(losses, parameters, None, retain)
         left = {name for name, grad in zip(parameters, untapped, strict=True) if grad is not None}
@@ -54,7 +54,7 @@ def record(engine: Engine, losses: torch.Tensor, rows: Rows, *, keep: bool, reta
     state.book = None
     state.repeated |= book.repeated
     engine.tapped |= book.names
-    _add_slow_norms(engine, losses, rows, book.squared_U)
+    _add_slow_norms(engine, losses, rows, book.squared_UG)
     return book
 
 
@@ -77,17 +77,23 @@ def _surprises(engine: Engine, book: Book, left: set[str]) -> set[str]:
     return new | book.repeated | {site.path for site in late}
 
 
-def _add_slow_norms(engine: Engine, losses: torch.Tensor, rows: Rows, squared_U: torch.Tensor) -> None:
+def _add_slow_norms(engine: Engine, losses: torch.Tensor, rows: Rows, squared_UG: torch.Tensor) -> None:
     """Adds the slow parameters' squared norms in place, and marks units whose loss is not finite."""
     bad_B = ~torch.isfinite(losses.detach())
-    squared_U[rows.unit_of_B[bad_B]] = torch.nan
+    squared_UG[rows.unit_of_B[bad_B]] = torch.nan
     if not engine.slow:
         return
-    slow_U = torch.zeros_like(squared_U)
+    slow_UG = torch.zeros_like(squared_UG)
     for unit, grads in slow_gradients(engine, losses, rows):
-        slow_U[unit] = sum(wide(g).double().square().sum() for g in grads.values())
-    require_isolated(squared_U, slow_U)
-    squared_U += slow_U
+        add_squares(slow_UG[unit], grads, engine.group_of)
+    require_isolated(squared_UG.sum(1), slow_UG.sum(1))
+    squared_UG += slow_UG
+
+
+def add_squares(squared_G: torch.Tensor, grads: dict[str, torch.Tensor], group_of: dict[str, int]) -> None:
+    """Adds one unit's squared norms to its row of the groups' squared norms."""
+    for name, grad in grads.items():
+        squared_G[group_of[name]] += wide(grad).double().square().sum()
 
 
 def require_isolated(known_U: torch.Tensor, found_U: torch.Tensor) -> None:
@@ -185,22 +191,30 @@ def slow_gradients(engine: Engine, losses: torch.Tensor, rows: Rows):
         yield unit, one_unit(engine, losses, slow, rows, unit, retain=True)
 
 
-def add_slow(engine: Engine, losses: torch.Tensor, rows: Rows, factor_U: torch.Tensor, total: dict[str, torch.Tensor]):
-    """Adds the slow parameters' weighted sum to `total`, in one backward pass when every unit is finite."""
+def add_slow(engine: Engine, losses: torch.Tensor, rows: Rows, factor_UG: torch.Tensor, total: dict[str, torch.Tensor]):
+    """Adds the slow parameters' weighted sum to `total`; in one backward pass if all units are finite in one group."""
     if not engine.slow:
         return
-    if bool((factor_U > 0).all()):
+    if factor_UG.shape[1] == 1 and bool((factor_UG > 0).all()):
         slow = {name: p for name, p in engine.parameters.items() if name in engine.slow}
         with engine.during(Phase.SILENT):
-            grads = _gradients(losses, slow, factor_U[rows.unit_of_B], False)
+            grads = _gradients(losses, slow, factor_UG[rows.unit_of_B, 0], False)
         for name, grad in zip(slow, grads, strict=True):
             if grad is not None:
                 total[name] += wide(grad)
         return
     for unit, grads in slow_gradients(engine, losses, rows):
-        if factor_U[unit] > 0:
-            for name, grad in grads.items():
-                total[name] += factor_U[unit].to(total[name].dtype) * wide(grad)
+        add_scaled(total, grads, factor_UG[unit], engine.group_of)
+
+
+def add_scaled(
+    total: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], factor_G: torch.Tensor, group_of: dict[str, int]
+) -> None:
+    """Adds one unit's gradients, each times the factor of its group. A factor of zero leaves out nan and inf too."""
+    for name, grad in grads.items():
+        factor = factor_G[group_of[name]]
+        if factor > 0:
+            total[name] += factor.to(total[name].dtype) * wide(grad)
 
 
 def weighted(engine: Engine, losses: torch.Tensor, weight_B: torch.Tensor, bad_B: torch.Tensor | None):

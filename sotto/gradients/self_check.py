@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 
 from sotto.errors import SottoError
+from sotto.gradients import passes
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.engine import Engine
-from sotto.gradients.pieces import wide
 from sotto.gradients.rows import Rows
 
 Losses = Callable[[torch.Tensor], torch.Tensor]
@@ -68,19 +68,17 @@ def _compare(
 
 
 def _one_at_a_time(engine: Engine, losses_of: Losses, rows: Rows) -> ClippedSum:
-    parameters, total, norms = engine.parameters, engine.zeros(), []
+    parameters, total, squared_UG = engine.parameters, engine.zeros(), engine.no_norms(rows)
     with engine.paused(), torch.enable_grad():
         for unit in range(rows.num_units):
             losses = losses_of(rows.members(unit))
             grads = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-            found = {name: wide(g) for name, g in zip(parameters, grads, strict=True) if g is not None}
-            norm = torch.stack([g.double().square().sum() for g in found.values()]).sum().sqrt()
-            factor = engine.clipping.coefficients(norm[None])[0]
-            norms.append(norm)
-            if factor > 0:
-                for name, g in found.items():
-                    total.gradients[name] += factor.to(g.dtype) * g
-    return ClippedSum(total.gradients, torch.stack(norms), total.sensitivity)
+            found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
+            with torch.no_grad():
+                passes.add_squares(squared_UG[unit], found, engine.group_of)
+                factor_G = engine.clipping.coefficients(squared_UG[unit].sqrt()[None])[0]
+                passes.add_scaled(total.gradients, found, factor_G, engine.group_of)
+    return ClippedSum(total.gradients, squared_UG.sqrt(), total.sensitivity)
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -39,17 +39,22 @@ class Phase(enum.Enum):
 
 @dataclass
 class Book:
-    """Pieces of one backward pass. Norms are added up as they come, in float64."""
+    """Pieces of one backward pass. Norms are added up as they come, in float64.
+
+    Attributes:
+      group_of: parameter name -> the column of `squared_UG` that its norm belongs to.
+    """
 
     rows: Rows
     keep: bool
     shared: set[str]
-    squared_U: torch.Tensor
+    group_of: dict[str, int]
+    squared_UG: torch.Tensor
     kept: dict[str, list[Piece]] = field(default_factory=dict)
     waiting: dict[str, list[Piece]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)
-    """Names that came twice without being known as shared: `squared_U` is wrong and the pass must be run again."""
+    """Names that came twice without being known as shared: `squared_UG` is wrong and the pass must be run again."""
 
     def add(self, name: str, piece: Piece) -> None:
         seen = name in self.names
@@ -61,14 +66,14 @@ class Book:
             self.repeated.add(name)
         if isinstance(piece, Factored) and piece.instantiation_is_cheaper(self.rows):
             piece = Instantiated(piece.instantiate(self.rows))
-        self.squared_U += piece.squared_norms(self.rows).double()
+        self.squared_UG[:, self.group_of[name]] += piece.squared_norms(self.rows).double()
         if self.keep:
             self.kept.setdefault(name, []).append(piece)
 
     def finish(self) -> None:
         """Adds the norms of parameters that were used more than once."""
         for name, pieces in self.waiting.items():
-            self.squared_U += squared_norms(pieces, self.rows).double()
+            self.squared_UG[:, self.group_of[name]] += squared_norms(pieces, self.rows).double()
             if len(pieces) > 1:
                 self.repeated.add(name)
             if self.keep:

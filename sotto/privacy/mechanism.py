@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -88,6 +89,69 @@ class GaussianMechanism:
 
     def __repr__(self) -> str:
         return f"GaussianMechanism(noise_multiplier={self.noise_multiplier}, divisor={self.divisor}, {self.noise!r})"
+
+
+class Quantile(Protocol):
+    """A clipping whose thresholds follow what a step released (`sotto.gradients.clipping.Adaptive`)."""
+
+    def count_unclipped(self, norms_UG: torch.Tensor) -> torch.Tensor:
+        """(U, G) norms -> (G,) sums, each of which moves by at most 1/2 when one unit is added or removed."""
+        ...
+
+    def follow(self, fraction_G: torch.Tensor) -> None: ...
+
+
+class AdaptiveGaussianMechanism:
+    """A Gaussian mechanism that also measures, with noise, which fraction of the units was not clipped.
+
+    Guarantee. One call releases the vector (sum / a, counts / b): the clipped sum, sensitivity S, with noise of
+    standard deviation a = z_sum * S, and G counts that move by at most 1/2 each, so by sqrt(G)/2 together, with noise
+    of standard deviation b. It is the Gaussian mechanism with 1/z^2 = 1/z_sum^2 + (G/4)/b^2 (Andrew et al. 2021,
+    arXiv 1905.03871, theorem 1, for G counts). Of the 1/z^2 that the plan bought, the part `share` goes to the counts:
+    z_sum = z / sqrt(1 - share), b = z sqrt(G / share) / 2. So the event is the plan's, whatever the share. S may
+    differ from step to step, because it follows from earlier releases.
+    """
+
+    def __init__(
+        self, noise_multiplier: float, divisor: float, noise: NoiseSource, quantile: Quantile, share: float = 0.01
+    ):
+        """Sets up the mechanism.
+
+        Args:
+          noise_multiplier, divisor, noise: as for `GaussianMechanism`; noise_multiplier is that of the whole release.
+          quantile: the clipping that the sums are made with. Its thresholds move after each call.
+          share: in (0, 1): part of each step's privacy that pays for the counts.
+
+        Raises:
+          SottoError: SOT401, a number is out of range.
+        """
+        self.noise_multiplier = check_number("noise_multiplier", noise_multiplier, above=0)
+        self.share = check_number("share", share, above=0, below=1)
+        self.quantile = quantile
+        self._sum = GaussianMechanism(noise_multiplier / math.sqrt(1 - share), divisor, noise)
+
+    @property
+    def private(self) -> bool:
+        return self._sum.private
+
+    def scale(self, sensitivity: float) -> float:
+        """Standard deviation, per coordinate, of the noise in what `privatize` returns."""
+        return self._sum.scale(sensitivity)
+
+    def count_std(self, groups: int) -> float:
+        """Standard deviation of the noise on each of `groups` counts of units."""
+        return self.noise_multiplier * math.sqrt(groups / self.share) / 2
+
+    def privatize(self, total: ClippedSum, step: int) -> dict[str, torch.Tensor]:
+        """As `GaussianMechanism.privatize`; then moves the clipping's thresholds."""
+        released = self._sum.privatize(total, step)
+        counts_G = self.quantile.count_unclipped(total.group_norms).double()
+        noise_G = self._sum.noise.normal(
+            counts_G.shape, self.count_std(len(counts_G)), step=step, name="count_unclipped", device=counts_G.device
+        )
+        # Centred counts over the expected number of units: an estimate of the fraction, less one half.
+        self.quantile.follow((counts_G + noise_G) / self._sum.divisor + 0.5)
+        return released
 
 
 class IdentityMechanism:

@@ -48,6 +48,7 @@ class Plan:
       rdp_epsilon: the same by Renyi accounting, always the larger one; for comparison with other tools.
       unamplified_epsilon: what holds if batches had been passes over the data in an order known to the attacker.
       not_private: why there is no guarantee, or None.
+      layerwise: every layer of a unit's gradient is clipped on its own; the noise covers all of them together.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     rdp_epsilon: float | None
     unamplified_epsilon: float | None
     not_private: str | None
+    layerwise: bool = False
     memory: dict[str, int] | None = None
 
     @property
@@ -166,4 +168,5 @@ def make_plan(config: Config) -> Plan:
         rdp_epsilon=rdp,
         unamplified_epsilon=unamplified,
         not_private=config.not_private,
+        layerwise=config.method.gradient == "layerwise",
     )

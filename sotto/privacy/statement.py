@@ -120,7 +120,7 @@ def text(guarantee: Guarantee) -> str:
         "HOW",
         *_paragraph(
             f"Each of {g.steps_taken:,} steps drew every unit independently with probability {plan.sampling_prob:.6g}, "
-            f"scaled its gradient to a norm of at most {plan.clip_norm:g} ({plan.clipping} clipping), added Gaussian "
+            f"scaled {_clipping(plan)}, added Gaussian "
             f"noise of {plan.noise_multiplier:.6g} times that norm from a cryptographic generator, and divided by the "
             f"constant {plan.expected_batch_size:,}. Epsilon was computed from privacy loss distributions "
             f"(dp-accounting). Renyi accounting of the planned steps gives {_or_dash(plan.rdp_epsilon)}. Without "
@@ -143,6 +143,17 @@ def text(guarantee: Guarantee) -> str:
         *(f"  * {item}" for item in NOT_COVERED),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _clipping(plan: Plan) -> str:
+    what = "each layer of its gradient, so that the whole had" if plan.layerwise else "its gradient to"
+    bound = f"a norm of at most {plan.clip_norm:g} ({plan.clipping} clipping)"
+    if plan.clipping == "adaptive":
+        bound = (
+            f"a norm of at most a bound that began at {plan.clip_norm:g} and then followed noisy counts of the units "
+            "within it, which are part of what the noise below covers"
+        )
+    return f"{what} {bound}"
 
 
 def _paragraph(words: str, indent: str = "  ") -> list[str]:
@@ -174,6 +185,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "steps_charged": g.steps_charged,
         "clip_norm": plan.clip_norm,
         "clipping": plan.clipping,
+        "layerwise": plan.layerwise,
         "expected_batch_size": plan.expected_batch_size,
         "epsilon_without_amplification": plan.unamplified_epsilon,
         "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),
