@@ -139,7 +139,9 @@ class MethodSection(Section):
     train: Literal["full", "lora", "bitfit", "head"] = "lora"
     """All weights; low-rank adapters; biases (BitFiT); or the classification head alone (linear probe)."""
     lora_rank: Count = 8
+    """Width of the adapters: each trained matrix of (d, p) becomes rank * (d + p) trained numbers."""
     lora_alpha: Positive = 16
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     lora_targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get adapters."""
     lora_init: Literal["default", "gaussian", "orthogonal"] = "default"
@@ -177,12 +179,17 @@ class RunSection(Section):
     """Steps that are paid for in advance, so that a crash (whose lost steps are charged again) does not shorten the
     run. Default: 2 % of the steps, at least one."""
     learning_rate: Positive = 1e-3
+    """The largest rate of the schedule. Noise asks for larger batches and larger rates than usual training."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What turns a noised gradient into an update. Post-processing: it costs no privacy."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """Pulls trained weights towards zero: each step takes away the learning rate times this part of them."""
     momentum: Fraction = 0.0
     """SGD only."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the rate falls after the warm-up: not at all, linearly to zero, or along half a cosine to zero."""
     warmup_ratio: Fraction = 0.0
+    """The part of the steps in which the rate rises from zero."""
     ema_decay: Fraction = 0.0
     """Exponential moving average of the weights; 0 switches it off. It is post-processing and costs no privacy."""
     microbatch_size: Count | Literal["auto"] = "auto"
@@ -196,6 +203,7 @@ class RunSection(Section):
     debug_noise_seed: int | None = None
     """FOR TESTS. Draws noise and batches from this seed. Such a run is NOT PRIVATE and says so everywhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes CUDA where there is one."""
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> RunSection:
@@ -208,6 +216,7 @@ class OutputSection(Section):
     """Where results go."""
 
     dir: str = "runs"
+    """The folder that gets one folder for each run."""
     name: str | None = None
     """Prefix of the run folder; default: taken from the configuration file's name."""
     export: Literal["merged", "adapter", "none"] = "merged"

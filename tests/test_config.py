@@ -175,3 +175,9 @@ def test_every_key_is_documented() -> None:
         for key, info in section.model_fields.items():
             assert info.description or key in obvious, f"{name}.{key}"
     assert RunSection.model_fields["debug_noise_seed"].description
+
+
+def test_every_key_is_documented() -> None:
+    for name, section in Config.model_fields.items():
+        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert field.description, f"{name}.{key}"
