@@ -362,7 +362,8 @@ def test_unknown_model_type(copied):
 def test_known_model_types_are_those_of_transformers():
     from transformers import CONFIG_MAPPING
 
-    assert set(CONFIG_MAPPING.keys()) <= config_json.known_model_types()
+    own = {"sotto_side", "sotto_reversible"}  # registered when their modules are imported; opened by sotto.load only
+    assert set(CONFIG_MAPPING.keys()) - own <= config_json.known_model_types()
 
 
 def test_quantised_checkpoint(copied):

@@ -18,6 +18,9 @@ from sotto.errors import SottoError, did_you_mean
 
 MAX_JSON_BYTES = 8 * 2**20
 
+WRAPPED_TYPES = ("sotto_side", "sotto_reversible")
+"""Model types of Sotto itself: a transformers model, whose configuration is `text_config`, inside another class."""
+
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_code", "trust_remote_code", "kernel_config", "use_kernels"}
 _IMPLEMENTATION_KEYS = re.compile(r"_?(attn|experts|mlp)_implementation(_internal)?$")
 # Names that transformers resolves to its own code. Anything else there (`org/repo`, ...) is fetched and run.
@@ -108,6 +111,9 @@ def _clean(values: dict[str, Any], file: Path, path: str = "") -> dict[str, Any]
 
 
 def _check_model_type(values: dict[str, Any], file: Path) -> None:
+    if values.get("model_type") in WRAPPED_TYPES:
+        inner = values.get("text_config")
+        values = inner if isinstance(inner, dict) else {}
     model_type, known = values.get("model_type"), known_model_types()
     if isinstance(model_type, str) and (model_type in known or not known):
         return

@@ -123,11 +123,8 @@ def load_pooled(
             why="It needs one stack that turns tokens into vectors; this architecture has none, or two.",
             fix="Use an encoder such as BERT or MiniLM, or set model.pooling: model.",
         )
-    classes = mapping[type(config)]
-    backbone_class = classes[0] if isinstance(classes, list | tuple) else classes
-    if "add_pooling_layer" in inspect.signature(backbone_class.__init__).parameters:
-        # An unused pooler would be weights that never get a gradient, or random ones where the file has none.
-        options["add_pooling_layer"] = False
+    backbone_class, without_pooler = plain_class(config)
+    options |= without_pooler
     backbone, report = backbone_class.from_pretrained(
         str(facts.path), config=config, output_loading_info=True, **options
     )
@@ -137,6 +134,17 @@ def load_pooled(
     mismatched = {(prefix + key, *shapes) for key, *shapes in report["mismatched_keys"]}
     missing |= _load_classifier(model, facts)
     return model, {**report, "missing_keys": missing, "mismatched_keys": mismatched}
+
+
+def plain_class(config: PreTrainedConfig) -> tuple[Any, dict[str, bool]]:
+    """The class of an architecture without any head, and the options that keep it from building a pooler.
+
+    An unused pooler would be weights that never get a gradient, or random ones where the file has none.
+    """
+    classes = AutoModel._model_mapping[type(config)]  # type: ignore[attr-defined]
+    backbone_class = classes[0] if isinstance(classes, list | tuple) else classes
+    has_pooler = "add_pooling_layer" in inspect.signature(backbone_class.__init__).parameters
+    return backbone_class, {"add_pooling_layer": False} if has_pooler else {}
 
 
 def _load_classifier(model: MeanPooledClassifier, facts: ModelFacts) -> set[str]:

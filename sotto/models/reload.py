@@ -1,4 +1,4 @@
-"""Opens a model that Sotto exported: plain, mean-pooled, or an adapter on its base model.
+"""Opens a model that Sotto exported: plain, mean-pooled, with a side network, reversible, or an adapter on its base.
 
 The folder may have come by mail. It is checked like any other model (`source.inspect`), an adapter's configuration is
 read key by key from an allow-list, and no pickle is opened.
@@ -17,10 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sotto.errors import SottoError
 from sotto.models import lora, support
-from sotto.models.config_json import read_json
+from sotto.models.config_json import WRAPPED_TYPES, read_json
 from sotto.models.headers import read_header
 from sotto.models.load import build_network
-from sotto.models.source import inspect, resolve
+from sotto.models.source import ModelFacts, inspect, resolve
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "sotto.json"
 
@@ -49,8 +49,8 @@ def load_exported(folder: str | Path, base: str | Path | None = None) -> nn.Modu
         with, which is a Hub name or a folder here.
 
     Returns:
-      a transformers model, a `MeanPooledClassifier`, or a `PeftModel`; in evaluation mode, on the CPU. Its output has
-      `.logits`.
+      a transformers model (side and reversible ones too), a `MeanPooledClassifier`, or a `PeftModel`; in evaluation
+      mode, on the CPU. Its output has `.logits`.
 
     Raises:
       SottoError: SOT334 the folder is not such a model, SOT335 the adapter's base model is not here.
@@ -60,6 +60,8 @@ def load_exported(folder: str | Path, base: str | Path | None = None) -> nn.Modu
         return _load_adapter(folder, base)
     facts = inspect(folder)
     architecture = facts.architectures[0] if facts.architectures else ""
+    if facts.model_type in WRAPPED_TYPES:
+        return _for_use(_load_wrapped(facts, architecture))
     if facts.sotto.get("pooling") == "mean":
         task, pooling = "classification", "mean"
     elif architecture.endswith("ForSequenceClassification"):
@@ -72,6 +74,31 @@ def load_exported(folder: str | Path, base: str | Path | None = None) -> nn.Modu
     if new:
         raise _not_an_export(folder, f"it lacks the weights {', '.join(new[:3])}")
     return _for_use(network)
+
+
+def _load_wrapped(facts: ModelFacts, architecture: str) -> nn.Module:
+    """A model with a side network, or a reversible one."""
+    from sotto.models import reversible, side
+
+    classes = (
+        side.SideForSequenceClassification, side.SideForCausalLM,
+        reversible.ReversibleForSequenceClassification, reversible.ReversibleForCausalLM,
+    )  # fmt: skip
+    wrapper: Any = next((c for c in classes if c.__name__ == architecture), None)
+    if wrapper is None:
+        raise _not_an_export(facts.path, f"its architecture is '{architecture}'")
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
+    try:
+        with support.quiet(), support.seeded(0):
+            config = wrapper.config_class.from_dict(dict(facts.config))
+            network, report = wrapper.from_pretrained(
+                str(facts.path), config=config, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        raise _not_an_export(facts.path, f"{type(error).__name__}: {str(error).strip()[:160]}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise _not_an_export(facts.path, f"it lacks the weight {min([*report['missing_keys'], '(other shapes)'])}")
+    return network
 
 
 def _for_use(network: nn.Module) -> nn.Module:
