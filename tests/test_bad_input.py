@@ -378,6 +378,13 @@ def test_files_that_are_no_configuration(sotto: Shell, tmp_path: Path, content: 
     assert sotto.refuses("train", config).startswith("SOT101")
 
 
+def test_a_configuration_cannot_run_code(sotto: Shell, tmp_path: Path) -> None:
+    config, trace = tmp_path / "x.yaml", tmp_path / "it-ran"
+    config.write_text(f"model: !!python/object/apply:os.mkdir ['{trace}']\n")
+    assert sotto.refuses("train", config).startswith("SOT101")
+    assert not trace.exists()
+
+
 def test_a_file_in_another_encoding(sotto: Shell, tmp_path: Path) -> None:
     config = tmp_path / "x.yaml"
     config.write_bytes("model: {name: Zürich}".encode("latin-1"))

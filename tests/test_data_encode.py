@@ -107,6 +107,22 @@ def test_too_long_loses_the_completions_end_then_the_prompts_beginning():
     assert bad == [BadRow(2, CUT), BadRow(3, CUT), BadRow(4, "empty text")]
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("texts", [["w0", "w1"], ["w0", "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10"]], ids=["short", "cut"])
+def test_the_tokenizer_is_left_as_it_was(texts, limit):
+    """Its settings are exported with the model: they must not tell whether a private text was too long."""
+    tokenizer = tiny_tokenizer()
+    if limit is not None:
+        tokenizer.backend_tokenizer.enable_truncation(limit)
+        tokenizer.backend_tokenizer.enable_padding(length=limit)
+    before = tokenizer.backend_tokenizer.to_str()
+    _, bad = encode(table(text=texts, label=["no", "yes"]), CLASSES, tokenizer, None)
+    assert [row.reason for row in bad] == ([CUT] if len(texts[1]) > 2 else [])
+    assert tokenizer.backend_tokenizer.to_str() == before
+    tokenizer("w0 w1 w2", truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.to_str() != before, "a call alone leaves a trace"
+
+
 def test_completion_without_prompt():
     section = DataSection(train="x", completion="completion", max_length=6)
     examples, _ = encode(table(completion=["w0 w1"]), section, tiny_tokenizer("<s> $A"), None)

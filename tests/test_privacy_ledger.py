@@ -190,6 +190,22 @@ def test_any_edit_is_found(ledger, line, head):
     assert f"line {line + 1}" in str(damaged(ledger))
 
 
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"step":3', b'"step":2'), (b'"steps":100', b'"steps":900'), (b'"delta":1e-05', b'"delta":1e-03')],
+    ids=["step", "planned", "delta"],
+)
+def test_an_edit_that_makes_sense_is_found(ledger, old, new, head):
+    """Not because the entry could not be read, but because it is not the one that was written."""
+    text = b"".join(lines_of(ledger))
+    assert text.count(old) == 1
+    ledger.path.write_bytes(text.replace(old, new))
+    if not head:
+        ledger.path.with_suffix(".head").unlink()
+    assert "was edited" in str(damaged(ledger))
+
+
 @pytest.mark.parametrize("change", ["delete", "swap", "repeat", "not_json", "first"])
 def test_lines_removed_moved_or_added(ledger, change):
     lines = lines_of(ledger)

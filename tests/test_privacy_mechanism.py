@@ -85,6 +85,16 @@ def test_noise_is_added_in_full_precision(given_, out):
     assert len(noised.bfloat16().unique()) < 0.1 * noised.numel()  # the twin: what half precision would give
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_release_is_rounded_once(dtype):
+    """Noise is added and divided in float64: no bit of the sum survives from a rounding of its own."""
+    value = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).mul_(30).to(dtype)
+    noise = DebugNoise(5).normal(value.shape, 0.7, step=0, name="w[0]", device=value.device)
+    released = GaussianMechanism(0.7, 3.0, DebugNoise(5)).privatize(total({"w": value}), step=0)["w"]
+    assert torch.equal(released, ((value.double() + noise) / 3.0).float())
+    assert not torch.equal(released, (value.float() + noise.float()) / 3.0), "the twin: an addition in float32"
+
+
 def test_odd_shapes_and_layouts():
     gradients = {"t": torch.arange(12.0).reshape(3, 4).T, "none": zeros(0, 3), "scalar": torch.tensor(2.0)}
     released = GaussianMechanism(1e-9, 1.0, SecureNoise()).privatize(total(gradients), step=0)

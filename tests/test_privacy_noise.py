@@ -127,6 +127,14 @@ def test_the_generator_is_aes_128_in_counter_mode():
         assert raw == b"".join(cipher.update(block.to_bytes(16, "little")) for block in range(64))
 
 
+def test_draws_come_from_the_cipher(monkeypatch):
+    """Statistics cannot tell AES from a generator that can be predicted: under a known key the numbers must agree."""
+    key = bytes(range(16, 32))
+    monkeypatch.setattr(noise_module.os, "urandom", lambda n: key)
+    generator = np.random.Generator(AESCounter(key=np.frombuffer(key, dtype=np.uint64)))  # type: ignore[arg-type]
+    assert np.array_equal(draw(SecureNoise(), n=1000, std=2.0).numpy(), generator.standard_normal(1000) * 2.0)
+
+
 def test_a_build_without_aes_is_refused(monkeypatch):
     class Fake:
         AESCounter = staticmethod(lambda key, counter: np.random.PCG64(1))

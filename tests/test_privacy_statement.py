@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -36,6 +37,26 @@ def test_plan_pays_for_spare_steps_within_the_budget(plan: Plan) -> None:
     assert plan.planned_epsilon is not None
     assert plan.planned_epsilon < 3.0
     assert plan.sampling_prob == 80 / 1275
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_the_plan_accounts_for_the_noise_the_relation_and_the_delta_that_it_names(relation: str) -> None:
+    """Against the accountant itself, not against other numbers of the plan."""
+    made = make_plan(config(neighboring_relation=relation, delta=1e-6))
+    assert (made.neighboring_relation, made.delta, made.epsilon) == (relation, 1e-6, 3.0)
+    assert made.event == accounting.PoissonGaussian(made.noise_multiplier, 80 / 1275)
+
+    def spent(steps: int) -> float:
+        return accounting.epsilon(made.noise_multiplier, 80 / 1275, steps, 1e-6, relation)
+
+    assert 0.99 * 3.0 < spent(made.steps + made.spare_steps) <= 3.0
+    for steps in (1, made.steps, made.total_steps):
+        assert made.epsilon_after(steps) == spent(steps)
+    assert made.planned_epsilon == spent(made.steps)
+    assert made.unamplified_epsilon == accounting.epsilon_without_amplification(
+        made.noise_multiplier, 3, 1e-6, relation
+    )
+    assert all(made.frontier([e])[0].noise_multiplier > 0.99 * made.noise_multiplier for e in (1.0, 3.0))
 
 
 def test_noise_is_as_small_as_the_budget_allows(plan: Plan) -> None:
@@ -90,6 +111,57 @@ def test_attackers_bound_is_proven_and_not_trivial(plan: Plan) -> None:
     # The exact trade-off of 40 sampled Gaussians lies below every (epsilon, delta) line and above that of no attack.
     assert 0.01 < found <= 0.01 * 2.718281828**guarantee.epsilon + plan.delta
     assert guarantee.detection_rate(0.5) > found
+
+
+def test_attackers_bound_is_not_below_what_an_attacker_reaches(plan: Plan) -> None:
+    """Without sampling, the best attack on Gaussian noise is known exactly."""
+    exposed = dataclasses.replace(plan, sampling_prob=1.0, noise_multiplier=10.0)
+    guarantee = statement.earned(exposed, 40, 40, 0.0, 1)
+    for false_alarms in (0.001, 0.01, 0.1, 0.5):
+        reached = accounting.attack_tradeoff(40**0.5 / 10.0, false_alarms)
+        assert reached <= guarantee.detection_rate(false_alarms) <= 1.0
+    assert guarantee.detection_rate(0.01) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("unit", "most", "words"),
+    [
+        ("record", 1, "any single record"),
+        ("patient_id", 1, "the one example of any one patient_id"),
+        ("patient_id", 4, "the whole set of up to 4 examples of any one patient_id"),
+    ],
+)
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_every_number_of_the_statement_is_what_was_earned(unit: str, most: int, words: str, relation: str) -> None:
+    made = make_plan(config(unit=unit, max_examples_per_unit=most, neighboring_relation=relation))
+    guarantee = statement.earned(made, 38, 41, 2.5 + made.epsilon_after(41), 3)
+    epsilon = accounting.epsilon(made.noise_multiplier, made.sampling_prob, 41, made.delta, relation)
+    shown = accounting.round_up(epsilon)
+    text = " ".join(statement.text(guarantee).split())
+    for part in (
+        f"trained so that {words} has little influence",
+        f"at most {math.exp(epsilon):.3g} times other odds",
+        f"except with probability {made.delta:g}.",
+        f"epsilon {shown} (an upper bound, rounded up; budget 3)",
+        f"protected unit {unit}: {words}",
+        f"({relation})",
+        f"Each of 38 steps drew every unit independently with probability {made.sampling_prob:.6g}",
+        f"noise of {made.noise_multiplier:.6g} times that norm",
+        "3 step(s) were lost and done again; they are charged twice (41 in all)",
+        f"(3 in the ledger) epsilon is {accounting.round_up(2.5 + epsilon)}.",
+    ):
+        assert part in text, part
+    facts = statement.machine_readable(guarantee, {})
+    assert epsilon <= facts["epsilon"] < epsilon + 2e-6
+    assert 2.5 + epsilon <= facts["dataset_epsilon"] < 2.5 + epsilon + 2e-6
+    assert (facts["steps"], facts["steps_charged"], facts["unit"], facts["max_examples_per_unit"]) == (
+        38,
+        41,
+        unit,
+        most,
+    )
+    assert (facts["neighboring_relation"], facts["delta"], facts["num_units"]) == (relation, made.delta, 1275)
+    assert (facts["noise_multiplier"], facts["sampling_prob"]) == (made.noise_multiplier, 80 / 1275)
 
 
 def test_text_names_everything(plan: Plan) -> None:

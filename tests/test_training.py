@@ -19,6 +19,7 @@ from sotto.data.sampling import PoissonSampler
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.privacy.ledger import Ledger, ledger_dir
 from sotto.privacy.mechanism import GaussianMechanism
+from sotto.privacy.plan import Plan
 
 DEBUG = {"debug_noise_seed": 11}
 
@@ -365,6 +366,17 @@ def test_the_debug_seed_makes_a_run_repeatable_and_no_seed_does_not(tmp_path: Pa
         tiny_runs.assert_same(tiny_runs.final_weights(run(tmp_path).path), tiny_runs.final_weights(run(tmp_path).path))
 
 
+def test_the_sampling_key_is_fresh_and_follows_from_no_seed(tmp_path: Path) -> None:
+    keys = set()
+    for seed in (0, 0, 1, 1):
+        session = sessions.start(tiny_runs.config(tmp_path, run={"seed": seed}), "x")
+        session.held.close()
+        secret = json.loads((session.run.path / "private" / "secrets.json").read_text())
+        assert session.sampler._key == bytes.fromhex(secret["sampling_key"])
+        keys.add(secret["sampling_key"])
+    assert len(keys) == 4
+
+
 # ---- nothing before everything is checked
 
 
@@ -460,7 +472,9 @@ def test_a_run_over_the_budget_of_the_dataset_is_refused(tmp_path: Path) -> None
 def test_runs_on_one_dataset_compose(tmp_path: Path) -> None:
     first, second = run(tmp_path), run(tmp_path, method={"train": "head"})
     facts = json.loads((second.path / "privacy.json").read_text())
-    assert first.epsilon < facts["dataset_epsilon"] < first.epsilon + second.epsilon
+    plan = Plan.from_dict(json.loads((first.path / "plan.json").read_text()))
+    assert facts["dataset_epsilon"] == pytest.approx(plan.epsilon_after(first.steps + second.steps), abs=1e-6)
+    assert 1.1 * first.epsilon < facts["dataset_epsilon"] < first.epsilon + second.epsilon
     assert "(2 in the ledger)" in second.statement
 
 

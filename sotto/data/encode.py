@@ -9,7 +9,8 @@ Rules that hold for all of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -47,6 +48,8 @@ def encode(
       tokenizer: must have an end-of-text token for generation.
       unit_values: the unit of each row as `clean_units` gives them, or None if each row is its own.
 
+    The tokenizer is left as it was found.
+
     Returns:
       The examples, and the rows that were not used or were cut, by line.
 
@@ -54,15 +57,33 @@ def encode(
       SottoError: SOT220 the tokenizer has no end-of-text token; SOT221 max_length leaves no room.
     """
     rows, bad = _usable_rows(table, section, unit_values)
-    if section.task == "classification":
-        examples, more = _classification(table, section, tokenizer, rows)
-    else:
-        _check_generation(section, tokenizer)
-        if section.completion is not None:
-            examples, more = _completions(table, section, tokenizer, rows)
+    with _left_as_it_was(tokenizer):
+        if section.task == "classification":
+            examples, more = _classification(table, section, tokenizer, rows)
         else:
-            examples, more = _plain_text(table, section, tokenizer, rows, unit_values)
+            _check_generation(section, tokenizer)
+            if section.completion is not None:
+                examples, more = _completions(table, section, tokenizer, rows)
+            else:
+                examples, more = _plain_text(table, section, tokenizer, rows, unit_values)
     return examples, sorted(bad + more, key=lambda row: row.line)
+
+
+@contextmanager
+def _left_as_it_was(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Takes back what calls change in a fast tokenizer.
+
+    A call that cuts leaves its limit in the tokenizer, and `save_pretrained` writes that into tokenizer.json: whoever
+    gets the exported model would see whether any private text had been too long.
+    """
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (fast.truncation, fast.padding) if fast is not None else (None, None)
+    try:
+        yield
+    finally:
+        if fast is not None:
+            fast.enable_truncation(**truncation) if truncation else fast.no_truncation()
+            fast.enable_padding(**padding) if padding else fast.no_padding()
 
 
 def _usable_rows(table: Table, section: DataSection, unit_values: list[str] | None) -> tuple[list[int], list[BadRow]]:
