@@ -1,106 +1,311 @@
-"""Time and memory of one clipped step, as ratios to the non-private step of the same model in the same run.
+"""Time and memory of one clipped step, as ratios to the non-private step of the same model on the same machine.
 
-    python benchmarks/engine.py [--case bert-128x16 ...] [--steps 5]
+    python benchmarks/engine.py [--quick] [--case gpt2-T128-full ...] [--algorithm non_private ...] [--device cuda]
 
-Every case runs in a process of its own. Time is CPU seconds of forward and backward, median of the steps after the
-first (which also holds the engine's probe); memory is the high-water mark above the built model.
+A step is forward, backward and, unless it is not private, clipping; no noise, no optimizer. Every algorithm has a
+process of its own. They take turns step by step, so that a drift of the machine hits all of them, and a ratio is the
+median over the rounds of a step's time by that of the same round's non-private step.
+
+Memory is measured in further processes: the high-water mark of each step above the built model. On CPU that is the
+resident set's (reset before each step), with every block above 64 KiB returned to the system at once
+(MALLOC_MMAP_THRESHOLD_), so that it counts live tensors and not the allocator's reserves; on CUDA it is the one that
+the allocator reports. The first step is listed apart, because it also holds the engine's probe.
+
+`non_private` uses the loss that the model brings with it, as nearly everybody does. `non_private_own_loss` takes
+Sotto's (`sotto.losses`), as our own algorithms do: the difference is what the loss alone saves. Explicit position ids
+are given to all, because Opacus fails without. A peer that cannot run a case shows its error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-CASES = {
-    "bert-128x16": ("bert", 128, 16, "full"),
-    "gpt2-128x8": ("gpt2", 128, 8, "full"),
-    "bert-lora-128x16": ("bert", 128, 16, "lora"),
-}
-ALGORITHMS = ("non_private", "book_keeping", "ghost")
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import PEERS
+
+MODELS = ("bert", "gpt2", "llama")
+SHAPES = {"T128": (128, 8), "T512": (512, 2)}
+TRAINED = ("full", "lora", "bitfit")
+CASES = [f"{m}-{s}-{t}" for m in MODELS for s in SHAPES for t in TRAINED if (m, t) != ("llama", "bitfit")]
+QUICK = ["bert-T128-full", "bert-T128-lora"]
+OWN = ("book_keeping", "ghost", "layerwise")
+ALGORITHMS = ("non_private", "non_private_own_loss", *OWN, *PEERS)
+HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def build(kind: str, trained: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config
+    """Randomly initialised, without dropout."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import BertConfig, GPT2Config, LlamaConfig  # isort: skip
 
     if kind == "bert":
-        model = AutoModelForSequenceClassification.from_config(
-            BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
-                       hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-        )  # fmt: skip
+        config: Any = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+                                 hidden_dropout_prob=0, attention_probs_dropout_prob=0)  # fmt: skip
+        model = AutoModelForSequenceClassification.from_config(config)
+    elif kind == "gpt2":
+        model = AutoModelForCausalLM.from_config(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False))
     else:
-        model = AutoModelForCausalLM.from_config(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+        config = LlamaConfig(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+                             intermediate_size=1408, vocab_size=32000, use_cache=False)  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
     if trained == "lora":
-        from sotto.config import MethodSection
-        from sotto.models.trainable import prepare
+        from peft import LoraConfig, get_peft_model
 
-        model = prepare(model, MethodSection(train="lora"))
+        targets = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}[kind]
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, fan_in_fan_out=kind == "gpt2"))
+        for name, p in model.named_parameters():  # B starts at zero, which would leave A without a gradient
+            if "lora_B" in name:
+                p.data.normal_(std=0.02)
+    elif trained == "bitfit":
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith("bias"))
     return model.train()
 
 
-def measure(case: str, algorithm: str, steps: int) -> dict[str, float]:
-    """Runs in a child process."""
+class Task:
+    """The batch of a case and its losses."""
+
+    def __init__(self, kind: str, shape: str, device: str):
+        import torch
+
+        self.length, self.batch = SHAPES[shape]
+        self.classifies = kind == "bert"
+        torch.manual_seed(0)
+        self.ids = torch.randint(5, 20_000, (self.batch, self.length), device=device)
+        self.positions = torch.arange(self.length, device=device).repeat(self.batch, 1)
+
+    def inputs(self, rows: Any) -> dict[str, Any]:
+        return {"input_ids": self.ids[rows], "position_ids": self.positions[rows]}
+
+    def common(self, model: Any, rows: Any) -> Any:
+        """(B,) losses as a user writes them."""
+        import torch.nn.functional as F
+
+        logits, ids = model(**self.inputs(rows)).logits, self.ids[rows]
+        if self.classifies:
+            return F.cross_entropy(logits, ids[:, 0] % 2, reduction="none")
+        flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        return F.cross_entropy(flat, targets, reduction="none").view(ids.shape[0], -1).mean(1)
+
+    def own(self, model: Any) -> Any:
+        """(B,) losses as Sotto's training takes them."""
+        from sotto import losses
+
+        everyone = slice(None)
+        labels = self.ids[:, 0] % 2 if self.classifies else self.ids
+        batch = {**self.inputs(everyone), "labels": labels}
+        return losses.forward_losses(model, batch, "classification" if self.classifies else "generation")
+
+    def built_in(self, model: Any) -> Any:
+        """The mean loss that the model itself computes."""
+        labels = self.ids[:, 0] % 2 if self.classifies else self.ids
+        return model(**self.inputs(slice(None)), labels=labels).loss
+
+
+def make(algorithm: str, model: Any, task: Task) -> Callable[[], Any]:
+    """The step of an algorithm. What it returns is alive while memory is measured."""
     import torch
-    import torch.nn.functional as F
 
     import sotto
 
-    kind, length, batch, trained = CASES[case]
-    torch.set_num_threads(2)
-    model = build(kind, trained)
-    ids = torch.randint(5, 20_000, (batch, length))
+    if algorithm in PEERS:
+        return PEERS[algorithm][1](model, task.common, task.batch)
+    if algorithm in OWN:
+        engine = sotto.attach(model, algorithm=algorithm)  # type: ignore[arg-type]
+        return lambda: engine.backward(task.own(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
+    mean = task.built_in if algorithm == "non_private" else lambda model: task.own(model).mean()
+    return lambda: torch.autograd.grad(mean(model), parameters, allow_unused=True)
 
-    def losses() -> torch.Tensor:
-        logits = model(input_ids=ids).logits
-        if logits.dim() == 2:
-            return F.cross_entropy(logits, ids[:, 0] % 2, reduction="none")
-        return (
-            F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            .view(batch, -1)
-            .mean(1)
-        )
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    engine = None if algorithm == "non_private" else sotto.attach(model, algorithm=algorithm)
-    seconds = []
-    for _ in range(steps + 1):
-        begun = time.process_time()
-        if engine is None:
-            torch.autograd.grad(losses().sum(), parameters, allow_unused=True)
+class Meter:
+    """Seconds and peak bytes of a step."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith("cuda")
+        gc.collect()
+        self.base = self._resident()
+
+    def _resident(self) -> float:
+        if self.cuda:
+            import torch
+
+            return float(torch.cuda.memory_allocated())
+        with open("/proc/self/statm") as file:
+            return float(file.read().split()[1]) * resource.getpagesize()
+
+    def _reset_peak(self) -> None:
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # where this is not permitted, the peak is that of the process so far
+
+    def _peak(self) -> float:
+        if self.cuda:
+            import torch
+
+            return float(torch.cuda.max_memory_allocated())
+        with open("/proc/self/status") as file:
+            found = next((line for line in file if line.startswith("VmHWM")), None)
+        return float(found.split()[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+    def step(self, step: Callable[[], Any]) -> dict[str, float]:
+        self._reset_peak()
+        if self.cuda:
+            import torch
+
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            kept = step()
+            ended.record()
+            torch.cuda.synchronize()
+            wall = cpu = begun.elapsed_time(ended) / 1000
         else:
-            engine.backward(losses())
-        seconds.append(time.process_time() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": statistics.median(seconds[1:]), "mebibytes": peak / 1024}
+            begun, begun_cpu = time.perf_counter(), time.process_time()
+            kept = step()
+            wall, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
+        peak = self._peak() - self.base
+        del kept
+        return {"wall": wall, "cpu": cpu, "mebibytes": peak / 2**20}
+
+
+def serve(case: str, algorithm: str, device: str, threads: int) -> None:
+    """The child: makes one step for each line that it reads."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    warnings.simplefilter("ignore")
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        kind, shape, trained = case.split("-")
+        model = build(kind, trained).to(device)
+        task = Task(kind, shape, device)
+        step = make(algorithm, model, task)
+        meter = Meter(device)
+        print(json.dumps({"ready": True}), file=answers, flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(meter.step(step)), file=answers, flush=True)
+    except Exception as error:
+        print(json.dumps({"error": type(error).__name__, "text": str(error)[:200]}), file=answers, flush=True)
+
+
+class Child:
+    """A process that makes steps on demand."""
+
+    def __init__(self, case: str, algorithm: str, args: argparse.Namespace, memory: bool):
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--child", case, algorithm, "--device", args.device]
+        self.process = subprocess.Popen(
+            [*command, "--threads", str(args.threads)], env=env | (HONEST_MALLOC if memory else {}), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.error = self._read().get("error", "")
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": f"killed ({self.process.wait()})"}
+
+    def step(self) -> dict[str, float] | None:
+        if self.error:
+            return None
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        found = self._read()
+        self.error = found.get("error", "")
+        return None if self.error else found
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(case: str, algorithms: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows of one case: algorithm -> figures, or an error."""
+    rows: dict[str, dict[str, Any]] = {}
+    for algorithm in algorithms:
+        child = Child(case, algorithm, args, memory=True)
+        steps = [found["mebibytes"] for _ in range(2) if (found := child.step())]
+        child.close()
+        rows[algorithm] = {"error": child.error} if child.error else {"first": steps[0], "steady": steps[1]}
+    children = {a: Child(case, a, args, memory=False) for a in algorithms if not rows[a].get("error")}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(args.steps + 1):
+        rounds.append({a: found for a, child in children.items() if (found := child.step())})
+    for algorithm, child in children.items():
+        child.close()
+        if child.error:
+            rows[algorithm] = {"error": child.error}
+            continue
+        for clock in ("cpu", "wall"):
+            ratios = [r[algorithm][clock] / r[algorithms[0]][clock] for r in rounds[1:]]
+            rows[algorithm][clock] = statistics.median(r[algorithm][clock] for r in rounds[1:])
+            rows[algorithm][f"{clock}_ratio"] = statistics.median(ratios)
+            rows[algorithm][f"{clock}_range"] = (min(ratios), max(ratios))
+    return rows
+
+
+def show(case: str, rows: dict[str, dict[str, Any]]) -> None:
+    base = next(iter(rows.values()))
+    for algorithm, row in rows.items():
+        if "error" in row:
+            print(f"| {case} | {algorithm} | {row['error']} | | | | | | |", flush=True)
+            continue
+        low, high = row["cpu_range"]
+        print(
+            f"| {case} | {algorithm} | {row['cpu']:.2f} | {row['cpu_ratio']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {row['wall_ratio']:.2f} | {row['steady']:.0f} | {row['steady'] / base['steady']:.2f} "
+            f"| {row['first']:.0f} | {row['first'] / base['first']:.2f} |", flush=True,
+        )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="ratios are to the first")
+    parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, three steps")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(*args.child, args.steps)))
+        case, algorithm = args.child
+        serve(case, algorithm, args.device, args.threads)
         return
-    print("| case | algorithm | CPU seconds | time ratio | MiB above the model | memory ratio |")
-    print("|---|---|--:|--:|--:|--:|")
-    for case in args.case or CASES:
-        base: dict[str, float] = {}
-        for algorithm in ALGORITHMS:
-            command = [sys.executable, __file__, "--steps", str(args.steps), "--child", case, algorithm]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            base = base or found
-            time_ratio, memory_ratio = (found[key] / base[key] for key in ("seconds", "mebibytes"))
-            seconds, mebibytes = found["seconds"], found["mebibytes"]
-            print(f"| {case} | {algorithm} | {seconds:.2f} | {time_ratio:.2f} | {mebibytes:.0f} | {memory_ratio:.2f} |")
+    args.steps = 3 if args.quick else args.steps
+    algorithms = args.algorithm or list(ALGORITHMS)
+    for needed in sorted({n for a in algorithms if a in PEERS and (n := PEERS[a][0])}):
+        if importlib.util.find_spec(needed) is None:
+            print(f"left out: {', '.join(a for a in algorithms if a in PEERS and PEERS[a][0] == needed)} "
+                  f"({needed} is not installed)")  # fmt: skip
+            algorithms = [a for a in algorithms if a not in PEERS or PEERS[a][0] != needed]
+    print(
+        "| case | algorithm | CPU s | CPU time ratio (range) | wall ratio "
+        "| steady MiB | ratio | first step MiB | ratio |"
+    )
+    print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    for case in args.case or (QUICK if args.quick else CASES):
+        show(case, measure(case, algorithms, args))
 
 
 if __name__ == "__main__":

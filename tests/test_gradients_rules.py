@@ -329,21 +329,24 @@ def forms() -> dict[str, list[Piece]]:
 
 
 @pytest.mark.parametrize("name", forms())
-def test_every_form_equals_its_instantiation(name: str):
+@pytest.mark.parametrize("keep", [True, False])
+def test_every_form_equals_its_instantiation(name: str, keep: bool):
     rows = Rows.build(B, UNEVEN, torch.device("cpu"))
     uses = forms()[name]
     full = sum(copy.copy(p).instantiate(rows) for p in uses)
     factor = torch.rand(3, dtype=torch.float64)
-    torch.testing.assert_close(pieces.squared_norms(uses, rows), full.square().sum((1, 2)), rtol=1e-12, atol=1e-12)  # type: ignore[union-attr]
-    torch.testing.assert_close(
-        sum(p.weighted_sum(factor, rows, None) for p in uses), torch.einsum("u,uvd->vd", factor, full)
-    )
+    for found in (uses, pieces.combine(list(uses), rows, keep)):
+        torch.testing.assert_close(
+            sum(p.weighted_sum(factor, rows, None) for p in found), torch.einsum("u,uvd->vd", factor, full)
+        )
+    found = pieces.combine(list(uses), rows, keep)
+    torch.testing.assert_close(pieces.squared_norms(found, rows), full.square().sum((1, 2)), rtol=1e-12, atol=1e-12)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("algorithm", FAST)
 @pytest.mark.parametrize("instantiate", [True, False])
 def test_ghost_and_instantiated_norms_agree(instantiate: bool, algorithm: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Factored, "instantiation_is_cheaper", lambda self, rows: instantiate)
+    monkeypatch.setattr(Factored, "instantiation_is_cheaper", lambda self, rows, keep: instantiate)
     monkeypatch.setattr(pieces, "CHUNK", 30)  # instantiation in several parts
     model = randomised(InPlace().double())
     x = torch.randn(B, 7, 6, dtype=torch.float64)

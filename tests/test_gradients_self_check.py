@@ -132,11 +132,17 @@ def swapped_rows(m: pytest.MonkeyPatch) -> None:
     m.setattr(linear, "Factored", wrong)
 
 
+def ghost_norms_only(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Factored, "instantiation_is_cheaper", lambda self, rows, keep: False)
+
+
 def repeats_ignored(m: pytest.MonkeyPatch) -> None:
+    ghost_norms_only(m)
     m.setattr(Indexed, "squared_norms", lambda self, rows: rows.add_up(self.g_BTd.square().sum((1, 2))[:, None])[:, 0])
 
 
 def tied_cross_term_dropped(m: pytest.MonkeyPatch) -> None:
+    ghost_norms_only(m)
     m.setattr(pieces, "_tied_inner_product", lambda e, h, rows: torch.zeros(rows.num_units))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from sotto.gradients import passes
 from sotto.gradients.base import ClippedSum
+from sotto.gradients.pieces import accumulate
 from sotto.gradients.rows import Rows
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
     factor_UG = engine.clipping.coefficients(norms_UG)
     bad_UG = ~torch.isfinite(norms_UG)
     any_bad = bool(bad_UG.any())
-    total = engine.zeros()
+    total: dict[str, torch.Tensor] = {}
     for name in list(book.kept):
         group = engine.group_of[name]
         bad_U = bad_UG[:, group] if any_bad else None
-        for piece in book.kept.pop(name):  # popped, so that each pair is freed as soon as it is used
-            total.gradients[name] += piece.weighted_sum(factor_UG[:, group], rows, bad_U)
-    passes.add_slow(engine, losses, rows, factor_UG, total.gradients)
-    return ClippedSum(total.gradients, norms_UG, engine.clipping.sensitivity)
+        uses = book.kept.pop(name)
+        while uses:  # popped, so that each pair is freed as soon as it is used
+            accumulate(total, name, uses.pop().weighted_sum(factor_UG[:, group], rows, bad_U))
+    passes.add_slow(engine, losses, rows, factor_UG, total)
+    return ClippedSum(passes.complete(engine, total), norms_UG, engine.clipping.sensitivity)

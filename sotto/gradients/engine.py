@@ -72,14 +72,7 @@ class Engine:
                     fix="replace it with group or layer normalisation",
                 )  # fmt: skip
         self._refresh_names()
-        for path, module in self.model.named_modules():
-            if any(p.requires_grad for p in module.parameters(recurse=False)):
-                if getattr(module.__dict__.get("forward"), "sotto_engine", False):
-                    raise SottoError("SOT600", what="another engine is attached to the model", where=f"module '{path}'",
-                                     why="two engines would take each other's operations for the model's own",
-                                     fix="call detach() on the other one first")  # fmt: skip
-                rule, make = rule_for(module) if self.algorithm != "per_example" else ("slow", contain.tap)
-                self.sites[path] = Site(self.state, path, module, rule, make)
+        self.sites = self._make_sites()
         for site in self.sites.values():  # only now, so that a refusal leaves the model as it was
             forward = site.make(site)
             forward.sotto_engine = True
@@ -89,6 +82,25 @@ class Engine:
             self.model.register_forward_hook(self._leave, always_call=True),
         ]
         self._attached = True
+
+    def _make_sites(self) -> dict[str, Site]:
+        sites: dict[str, Site] = {}
+        ruled: set[int] = set()  # parameters of modules with a rule
+        for path, module in self.model.named_modules():
+            own = [id(p) for p in module.parameters(recurse=False) if p.requires_grad]
+            if not own:
+                continue
+            if getattr(module.__dict__.get("forward"), "sotto_engine", False):
+                raise SottoError("SOT600", what="another engine is attached to the model", where=f"module '{path}'",
+                                 why="two engines would take each other's operations for the model's own",
+                                 fix="call detach() on the other one first")  # fmt: skip
+            rule, make = rule_for(module) if self.algorithm != "per_example" else ("slow", contain.tap)
+            sites[path] = Site(self.state, path, module, rule, make)
+            ruled |= set(own) if rule != "slow" else set()
+        # A module without a rule may only hold a second name for a parameter that another module uses (the bias of a
+        # BERT language head). If it used it as well, the gradient of that use would be found as any untapped one.
+        names = {path for path, site in sites.items() if site.rule == "slow" and {*map(id, site.own())} <= ruled}
+        return {path: site for path, site in sites.items() if path not in names}
 
     def _refresh_names(self) -> None:
         parameters = self.parameters
@@ -234,6 +246,8 @@ class Engine:
                 continue
             names = tuple(self.state.names[i] for i in ids if i in self.state.names)
             site = self.sites.get(path)
+            if site is None and not any(n in self.slow for n in names):
+                continue  # reported with the module that uses them
             reasons = [self.slow[n] for n in names if n in self.slow]
             slow = bool(reasons) or site is None or site.declined is not None or site.rule == "slow"
             reason = (site.declined if site else None) or (reasons[0] if reasons else "")

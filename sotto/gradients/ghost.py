@@ -11,7 +11,6 @@ import torch
 
 from sotto.gradients import passes
 from sotto.gradients.base import ClippedSum
-from sotto.gradients.pieces import wide
 from sotto.gradients.rows import Rows
 
 if TYPE_CHECKING:
@@ -26,11 +25,8 @@ def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
     bad_U = ~torch.isfinite(norms_U)
     any_bad = bool(bad_U.any())
     bad_B = bad_U[rows.unit_of_B] if any_bad else None
-    total = engine.zeros()
     grads = passes.weighted(engine, losses, factor_U[rows.unit_of_B], bad_B)
-    for (name, sink), grad in zip(total.gradients.items(), grads, strict=True):
-        if grad is not None and not (any_bad and name in engine.slow):
-            sink += wide(grad)
+    total = {name: grad for name, grad in grads.items() if not (any_bad and name in engine.slow)}
     if any_bad:  # an untapped operation cannot mask a non-finite example: leave such units out one by one
-        passes.add_slow(engine, losses, rows, factor_UG, total.gradients)
-    return ClippedSum(total.gradients, norms_UG, engine.clipping.sensitivity)
+        passes.add_slow(engine, losses, rows, factor_UG, total)
+    return ClippedSum(passes.complete(engine, total), norms_UG, engine.clipping.sensitivity)

@@ -18,7 +18,7 @@ import torch
 from sotto.gradients import passes
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Clipping
-from sotto.gradients.pieces import Piece
+from sotto.gradients.pieces import Piece, accumulate
 from sotto.gradients.rows import Rows
 from sotto.gradients.taps import Book
 
@@ -36,7 +36,7 @@ class LayerBook(Book):
     """
 
     clipping: Clipping = field(kw_only=True)
-    sums: dict[str, torch.Tensor] = field(kw_only=True)
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: dict[int, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,8 +59,9 @@ class LayerBook(Book):
         for name in names:
             group = self.group_of[name]
             bad_U = bad_UG[:, group] if bool(bad_UG[:, group].any()) else None
-            for piece in self.kept.pop(name):
-                self.sums[name] += piece.weighted_sum(factor_UG[:, group], self.rows, bad_U)
+            uses = self.kept.pop(name)
+            while uses:
+                accumulate(self.sums, name, uses.pop().weighted_sum(factor_UG[:, group], self.rows, bad_U))
 
 
 def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
@@ -69,12 +70,11 @@ def run(engine: Engine, losses: torch.Tensor, rows: Rows) -> ClippedSum:
     def make(shared: set[str]) -> LayerBook:
         squared_UG = engine.no_norms(rows)
         squared_UG[bad_U] = torch.nan  # known before the first layer is clipped
-        sums = engine.zeros().gradients
-        return LayerBook(rows, True, shared, engine.group_of, squared_UG, clipping=engine.clipping, sums=sums)
+        return LayerBook(rows, True, shared, engine.group_of, squared_UG, clipping=engine.clipping)
 
     book = passes.record(engine, losses, rows, make, retain=False)
     assert isinstance(book, LayerBook)
     book.clip(list(book.kept))
     norms_UG = book.squared_UG.sqrt()
     passes.add_slow(engine, losses, rows, engine.clipping.coefficients(norms_UG), book.sums)
-    return ClippedSum(book.sums, norms_UG, engine.clipping.sensitivity)
+    return ClippedSum(passes.complete(engine, book.sums), norms_UG, engine.clipping.sensitivity)

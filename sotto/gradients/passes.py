@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,15 @@ import torch
 from torch import nn
 
 from sotto.errors import SottoError
-from sotto.gradients.pieces import wide
+from sotto.gradients.base import ClippedSum
+from sotto.gradients.pieces import accumulate, wide
 from sotto.gradients.rows import Rows
-from sotto.gradients.taps import PATIENCE, Book, Phase
+from sotto.gradients.taps import PATIENCE, Book, Phase, Site
 
 if TYPE_CHECKING:
     from sotto.gradients.engine import Engine
+
+UNTAPPED = "used outside the operations that have a fast rule"
 
 
 def record(engine: Engine, losses: torch.Tensor, rows: Rows, make: Callable[[set[str]], Book], *, retain: bool) -> Book:
@@ -22,32 +26,32 @@ def record(engine: Engine, losses: torch.Tensor, rows: Rows, make: Callable[[set
 
     Args:
       make: an empty book, given the names of parameters that are used more than once.
-      retain: keep the graph afterwards. It is kept in any case while something is unconfirmed or slow.
+      retain: keep the graph afterwards. It is kept in any case while something is slow or may turn out to be.
 
     Returns:
       The book; `squared_UG` is complete.
     """
     state, parameters = engine.state, engine.parameters
     _note_slow(engine, set())  # sites declined in the forward pass
-    retain = retain or bool(engine.slow) or bool(state.unconfirmed) or _is_new(engine)
+    surveyed, new = _survey(engine, losses, rows), _is_new(engine)
+    odd = any(site.confirmed for site in state.unconfirmed)  # the rows of this batch are not like earlier ones
+    retain = retain or bool(engine.slow) or (not surveyed and (new or odd))
     for _ in range(len(engine.sites) + 2):  # each round declines a site, finds a parameter used twice, or is the last
-        book = state.book = make(state.shared | state.repeated)
+        book, known = make(state.shared | state.repeated), list(state.unconfirmed)
+        state.book = book
         with engine.during(Phase.RECORD):
             untapped = _gradients(losses, parameters, None, retain)
         left = {name for name, grad in zip(parameters, untapped, strict=True) if grad is not None}
         del untapped
-        surprises = _surprises(engine, book, left)
-        _require_graph(surprises, retain)
-        _probe(engine, losses, rows)
-        declined = _note_slow(engine, left)
-        mixed = book.names & engine.slow.keys()
-        if not declined and not mixed and not book.repeated:
+        # Not expected after what the forward pass showed, so not compared yet.
+        late = [site for site in _pending(engine, rows) if site not in known and rows.num_rows > 1]
+        for site in late:
+            site.unreached = 0
+        _require_graph(_surprises(engine, book, left) | {site.path for site in late}, retain)
+        found = _note_slow(engine, left) | _take_off(engine, book.names) | bool(book.repeated) | bool(late)
+        if not found:
             break
-        # Some of a parameter's uses were tapped and others not: take all of them off, so that nothing is counted twice.
-        for site in engine.sites.values():
-            roles = [role for role in site.module._parameters if site.name(role) in engine.slow]
-            if roles and site.declined is None:
-                site.decline("the same parameter is also used where it cannot be tapped")
+        _survey(engine, losses, rows)
     else:
         raise AssertionError("a site was declined twice")
     book.finish()
@@ -56,6 +60,72 @@ def record(engine: Engine, losses: torch.Tensor, rows: Rows, make: Callable[[set
     engine.tapped |= book.names
     _add_slow_norms(engine, losses, rows, book.squared_UG)
     return book
+
+
+def _survey(engine: Engine, losses: torch.Tensor, rows: Rows) -> bool:
+    """On the first batch that reaches a site, two backward passes that only compare.
+
+    All that could need another pass (declined sites, parameters used twice or outside the taps) is found here, before
+    anything is recorded, so that the recording pass may free the graph as it goes: the memory of a first step is that
+    of any other.
+
+    Returns:
+      Whether they were made.
+    """
+    pending = _pending(engine, rows)
+    while pending:
+        left = _probe(engine, losses, rows)
+        for site in engine.sites.values():
+            if site.declined is None and not site.confirmed and (site in pending or site.reference):
+                site.conclude(rows.num_rows)
+        uses: Counter[str] = Counter()
+        for site in engine.sites.values():
+            names = [name for role in site.module._parameters if (name := site.name(role)) is not None]
+            uses.update(dict.fromkeys(names, site.probed if site.declined is None else 0))
+        engine.state.repeated |= {name for name, count in uses.items() if count > 1}
+        for name in left - engine.slow.keys():
+            engine.slow[name] = UNTAPPED
+        if not _note_slow(engine, left) | _take_off(engine, {name for name, count in uses.items() if count}):
+            break
+    return bool(pending)
+
+
+def _pending(engine: Engine, rows: Rows) -> list[Site]:
+    """Sites to be compared in this batch. With one row there is nothing to compare, but something to find out once."""
+    waiting = [site for site in engine.state.unconfirmed if site.declined is None and not site.confirmed]
+    return [site for site in waiting if rows.num_rows > 1 or not site.seen_alone]
+
+
+def _probe(engine: Engine, losses: torch.Tensor, rows: Rows) -> set[str]:
+    """Compares all uses under equal and under distinct weights. Returns the names of parameters used untapped."""
+    state, left = engine.state, set[str]()
+    # Neighbouring rows differ by a factor of two or more, in no order that a permutation would preserve.
+    index = torch.arange(rows.num_rows, device=losses.device)
+    distinct_B = torch.exp2((torch.remainder(index * 7 + index // 9 * 2, 9) - 4).to(losses.dtype))
+    for weight_B in (torch.ones_like(distinct_B), distinct_B):
+        state.probe_weight_B, state.probing_first = weight_B, weight_B is not distinct_B
+        for site in engine.sites.values():
+            site.probed = 0
+            if state.probing_first:  # an earlier probe may have ended in an error
+                site.reference, site.evidence = [], False
+        with engine.during(Phase.PROBE):
+            untapped = _gradients(losses, engine.parameters, weight_B, True)
+        left |= {name for name, grad in zip(engine.parameters, untapped, strict=True) if grad is not None}
+        del untapped
+    state.probe_weight_B = None
+    return left
+
+
+def _take_off(engine: Engine, tapped: set[str]) -> bool:
+    """Declines sites of parameters of which some uses were tapped and others not, so that nothing is counted twice.
+
+    Returns whether there was such a parameter.
+    """
+    for site in engine.sites.values():
+        roles = [role for role in site.module._parameters if site.name(role) in engine.slow]
+        if roles and site.declined is None:
+            site.decline("the same parameter is also used where it cannot be tapped")
+    return bool(tapped & engine.slow.keys())
 
 
 def _is_new(engine: Engine) -> bool:
@@ -69,12 +139,9 @@ def _surprises(engine: Engine, book: Book, left: set[str]) -> set[str]:
     state = engine.state
     new = left - engine.slow.keys()
     for name in new:
-        engine.slow[name] = "used outside the operations that have a fast rule"
+        engine.slow[name] = UNTAPPED
     state.repeated |= book.repeated
-    late = [site for site in state.unconfirmed if site.reference and site.unreached]
-    for site in late:
-        site.unreached = 0
-    return new | book.repeated | {site.path for site in late}
+    return new | book.repeated
 
 
 def _add_slow_norms(engine: Engine, losses: torch.Tensor, rows: Rows, squared_UG: torch.Tensor) -> None:
@@ -148,24 +215,6 @@ def _note_slow(engine: Engine, left: set[str]) -> bool:
     return newly_declined
 
 
-def _probe(engine: Engine, losses: torch.Tensor, rows: Rows) -> None:
-    """Second backward pass under distinct weights, on the first batch that reaches a site. Costs one backward pass."""
-    pending = [site for site in engine.state.unconfirmed if site.declined is None and not site.confirmed]
-    reached = any(site.reference for site in pending)
-    if rows.num_rows == 1 or not reached:
-        for site in pending:
-            site.unreached += not site.reference
-            site.reference, site.probed = [], 0
-        return
-    # Neighbouring rows differ by a factor of two or more, in no order that a permutation would preserve.
-    index = torch.arange(rows.num_rows, device=losses.device)
-    engine.state.probe_weight_B = torch.exp2((torch.remainder(index * 7 + index // 9 * 2, 9) - 4).to(losses.dtype))
-    with engine.during(Phase.PROBE):
-        _gradients(losses, engine.parameters, engine.state.probe_weight_B, True)
-    for site in pending:
-        site.conclude()
-
-
 def one_unit(engine: Engine, losses: torch.Tensor, names: list[str], rows: Rows, unit: int, *, retain: bool):
     """{name: gradient} of one unit, unaffected by other units that are not finite wherever a module is entered."""
     member_B = rows.unit_of_B == unit
@@ -198,10 +247,9 @@ def add_slow(engine: Engine, losses: torch.Tensor, rows: Rows, factor_UG: torch.
     if factor_UG.shape[1] == 1 and bool((factor_UG > 0).all()):
         slow = {name: p for name, p in engine.parameters.items() if name in engine.slow}
         with engine.during(Phase.SILENT):
-            grads = _gradients(losses, slow, factor_UG[rows.unit_of_B, 0], False)
-        for name, grad in zip(slow, grads, strict=True):
-            if grad is not None:
-                total[name] += wide(grad)
+            grads = _own(slow, _gradients(losses, slow, factor_UG[rows.unit_of_B, 0], False))
+        for name, grad in grads.items():
+            accumulate(total, name, grad)
         return
     for unit, grads in slow_gradients(engine, losses, rows):
         add_scaled(total, grads, factor_UG[unit], engine.group_of)
@@ -214,7 +262,7 @@ def add_scaled(
     for name, grad in grads.items():
         factor = factor_G[group_of[name]]
         if factor > 0:
-            total[name] += factor.to(total[name].dtype) * wide(grad)
+            accumulate(total, name, wide(grad) * factor.to(wide(grad).dtype))
 
 
 def weighted(engine: Engine, losses: torch.Tensor, weight_B: torch.Tensor, bad_B: torch.Tensor | None):
@@ -222,6 +270,29 @@ def weighted(engine: Engine, losses: torch.Tensor, weight_B: torch.Tensor, bad_B
     engine.state.bad_B = bad_B
     try:
         with engine.during(Phase.PLAIN):
-            return _gradients(losses, engine.parameters, weight_B, bool(engine.slow))
+            return _own(engine.parameters, _gradients(losses, engine.parameters, weight_B, bool(engine.slow)))
     finally:
         engine.state.bad_B = None
+
+
+def _own(parameters: dict[str, nn.Parameter], grads: tuple[torch.Tensor | None, ...]) -> dict[str, torch.Tensor]:
+    """{name: gradient} in float32 or better. Autograd may give one tensor to two parameters, or a view; these are
+    copied, because the sum will be added to in place."""
+    found: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, grad in zip(parameters, grads, strict=True):
+        if grad is None:
+            continue
+        own = wide(grad)
+        if own is grad and (not grad.is_contiguous() or grad._is_view() or grad.data_ptr() in taken):
+            own = grad.clone(memory_format=torch.contiguous_format)
+        taken.add(own.data_ptr())
+        found[name] = own
+    return found
+
+
+def complete(engine: Engine, total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sum in the parameters' order and shape, with zeros for those that no example of the batch reached."""
+    missing = {name: p for name, p in engine.parameters.items() if name not in total}
+    zeros = ClippedSum.zeros(missing, engine.clipping.sensitivity).gradients
+    return {name: total.get(name, zeros.get(name)) for name in engine.parameters}  # type: ignore[misc]

@@ -18,6 +18,24 @@ from sotto.gradients.rows import Rows
 CHUNK = 1 << 24
 """Numbers held at once while gradients of single rows are added up into units."""
 
+BLOCK = 256
+"""Tokens on a side of the Gram matrices held at once."""
+
+TRAFFIC = 110
+"""Multiplications that take as long as moving one number of an instantiated gradient through memory three times, as
+measured on a CPU with AVX-512."""
+
+HOARD = 1.5
+"""How many numbers of instantiated gradients may be kept where `(a, g)` would be one."""
+
+
+def accumulate(total: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    """Adds `value`, which nobody else may hold, to what `total` has under this name."""
+    if name in total:
+        total[name] += value
+    else:
+        total[name] = value
+
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Norms and sums are accumulated in float32 or better."""
@@ -52,12 +70,22 @@ def never_too_small(squared_U: torch.Tensor, size_U: torch.Tensor) -> torch.Tens
 
 @dataclass
 class Instantiated:
-    """Gradients themselves, already summed over each unit's rows: `grad_U` is (U, *parameter shape)."""
+    """Gradients themselves, already summed over each unit's rows: `grad_U` is (U, *parameter shape).
+
+    Attributes:
+      ours: nobody else holds `grad_U`, so that it may be added to in place.
+    """
 
     grad_U: torch.Tensor
+    ours: bool = False
 
     def squared_norms(self, rows: Rows) -> torch.Tensor:
-        return self.grad_U.flatten(1).square().sum(1)
+        # In short runs, because a single sum of many millions in float32 loses digits.
+        flat, run = self.grad_U.flatten(1), 4096
+        whole = flat.shape[1] // run * run
+        norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, run)), dim=2).double()
+        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1).double()
+        return norms.square().sum(1) + rest.square()
 
     def weighted_sum(self, factor_U: torch.Tensor, rows: Rows, bad_U: torch.Tensor | None) -> torch.Tensor:
         shape = self.grad_U.shape[1:]
@@ -76,19 +104,31 @@ class Factored:
     g_BTp: torch.Tensor
     transposed: bool
 
-    def instantiation_is_cheaper(self, rows: Rows) -> bool:
-        """Compares p*d numbers per unit with T*(p+d): the same inequality decides arithmetic and bytes kept."""
+    def instantiation_is_cheaper(self, rows: Rows, keep: bool) -> bool:
+        """Whether to compute each unit's gradient now, instead of its ghost norm.
+
+        Time per unit: `T^2 (p+d)` multiplications for the ghost norm, against p*d numbers that are written, read for
+        the norm and read for the sum. The product that makes them is not extra work if it is kept, since it stands in
+        for the weighted product of the ghost norm's way. Bytes kept: p*d numbers against `T (p+d)`.
+        """
         most = 1 if rows.slots_UK is None else rows.slots_UK.shape[1]
         length, d, p = self.a_BTd.shape[1] * most, self.a_BTd.shape[2], self.g_BTp.shape[2]
-        return p * d <= length * (p + d)
+        work = TRAFFIC if keep else TRAFFIC + length
+        return p * d * work <= length**2 * (p + d) and p * d <= HOARD * length * (p + d)
 
     def squared_norms(self, rows: Rows) -> torch.Tensor:
         a, g = rows.concatenate(wide(self.a_BTd)), rows.concatenate(wide(self.g_BTp))
         if a.shape[1] == 1:
             return a.square().sum((1, 2)) * g.square().sum((1, 2))
-        gram_a, gram_g = torch.bmm(a, a.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-        size_U = (gram_a.diagonal(dim1=1, dim2=2) * gram_g.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
-        return never_too_small(gram_a.mul_(gram_g).sum((1, 2)), size_U)
+        total_U, size_U = torch.zeros_like(a[:, 0, 0]), torch.zeros_like(a[:, 0, 0])
+        blocks = list(zip(a.split(BLOCK, 1), g.split(BLOCK, 1), strict=True))
+        for i, (a_i, g_i) in enumerate(blocks):
+            for j, (a_j, g_j) in enumerate(blocks[: i + 1]):  # the Gram matrices are symmetric: half of them is enough
+                gram_a, gram_g = torch.bmm(a_i, a_j.transpose(1, 2)), torch.bmm(g_i, g_j.transpose(1, 2))
+                if i == j:
+                    size_U += (gram_a.diagonal(dim1=1, dim2=2) * gram_g.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
+                total_U += gram_a.mul_(gram_g).sum((1, 2)) * (1 if i == j else 2)
+        return never_too_small(total_U, size_U)
 
     def weighted_sum(self, factor_U: torch.Tensor, rows: Rows, bad_U: torch.Tensor | None) -> torch.Tensor:
         factor_B = factor_U[rows.unit_of_B]
@@ -145,32 +185,55 @@ class Indexed:
         return total.index_add_(0, self.ids_BT.flatten(), g.flatten(0, 1))
 
     def instantiate(self, rows: Rows) -> torch.Tensor:
-        g = wide(self.g_BTd)
-        dense = g.new_zeros((rows.num_units * self.num_embeddings, g.shape[2]))
+        total = wide(self.g_BTd[:0]).new_zeros((rows.num_units, self.num_embeddings, self.g_BTd.shape[2]))
+        return self.add_to(total, rows)
+
+    def add_to(self, total_UVd: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Adds to the gradients of each unit in place, and returns them."""
         key = rows.unit_of_B[:, None] * self.num_embeddings + self.ids_BT
-        return dense.index_add_(0, key.flatten(), g.flatten(0, 1)).view(rows.num_units, self.num_embeddings, -1)
+        total_UVd.flatten(0, 1).index_add_(0, key.flatten(), wide(self.g_BTd).flatten(0, 1))
+        return total_UVd
 
 
 Piece = Instantiated | Factored | Indexed
 
 
+def settle(piece: Piece, rows: Rows, keep: bool) -> Piece:
+    """A piece in its cheapest form. `keep`: it is kept for the weighted sum, and not only for its norm."""
+    if isinstance(piece, Factored) and piece.instantiation_is_cheaper(rows, keep):
+        return Instantiated(piece.instantiate(rows), ours=True)
+    return piece
+
+
+def combine(pieces: list[Piece], rows: Rows, keep: bool) -> list[Piece]:
+    """Several uses of one parameter (a layer called twice, a tied embedding) in the cheapest form of their sum."""
+    merged = [settle(piece, rows, keep) for piece in _merge(pieces)]
+    full = next((p for p in merged if isinstance(p, Instantiated)), None)
+    tied = {type(p) for p in merged} == {Indexed, Factored} and len(merged) == 2
+    if len(merged) == 1 or (tied and not any(isinstance(p, Factored) and p.transposed for p in merged)):
+        return merged
+    total = merged[0].instantiate(rows) if full is None else full.grad_U
+    if full is not None and not full.ours:
+        total = total.clone()
+    for piece in merged if full is not None else merged[1:]:
+        if piece is full:
+            continue
+        if isinstance(piece, Indexed):
+            piece.add_to(total, rows)
+        else:
+            total += piece.instantiate(rows)
+    return [Instantiated(total, ours=True)]
+
+
 def squared_norms(pieces: list[Piece], rows: Rows) -> torch.Tensor:
-    """(U,) squared norms of the *sum* of several uses of one parameter: a layer called twice, a tied embedding."""
-    pieces = _merge(pieces)
+    """(U,) squared norms of the sum of what `combine` gave."""
     if len(pieces) == 1:
         return pieces[0].squared_norms(rows)
-    kinds = {type(piece) for piece in pieces}
-    if kinds == {Indexed, Factored}:
-        indexed = next(p for p in pieces if isinstance(p, Indexed))
-        factored = next(p for p in pieces if isinstance(p, Factored))
-        if not factored.transposed:
-            first, second = indexed.squared_norms(rows), factored.squared_norms(rows)
-            cross = 2 * _tied_inner_product(indexed, factored, rows)
-            return never_too_small(first + second + cross, first.sqrt() + second.sqrt())
-    total = pieces[0].instantiate(rows)
-    for piece in pieces[1:]:
-        total = total + piece.instantiate(rows)
-    return Instantiated(total).squared_norms(rows)
+    indexed = next(p for p in pieces if isinstance(p, Indexed))
+    factored = next(p for p in pieces if isinstance(p, Factored))
+    first, second = indexed.squared_norms(rows), factored.squared_norms(rows)
+    cross = 2 * _tied_inner_product(indexed, factored, rows)
+    return never_too_small(first + second + cross, first.sqrt() + second.sqrt())
 
 
 def _merge(pieces: list[Piece]) -> list[Piece]:
@@ -180,14 +243,14 @@ def _merge(pieces: list[Piece]) -> list[Piece]:
     merged: list[Piece] = [p for p in pieces if isinstance(p, Instantiated)]
     if factored:
         flip = factored[0].transposed  # a matrix may be used as W here and as its transpose there: swap a and g
-        a = torch.cat([p.a_BTd if p.transposed == flip else p.g_BTp for p in factored], 1)
-        g = torch.cat([p.g_BTp if p.transposed == flip else p.a_BTd for p in factored], 1)
-        merged.append(factored[0] if len(factored) == 1 else Factored(a, g, flip))
+        a = [p.a_BTd if p.transposed == flip else p.g_BTp for p in factored]
+        g = [p.g_BTp if p.transposed == flip else p.a_BTd for p in factored]
+        merged.append(factored[0] if len(factored) == 1 else Factored(torch.cat(a, 1), torch.cat(g, 1), flip))
     if indexed:
         first = indexed[0]
-        ids = torch.cat([p.ids_BT for p in indexed], 1)
-        g = torch.cat([p.g_BTd for p in indexed], 1)
-        merged.append(first if len(indexed) == 1 else Indexed(ids, g, first.num_embeddings, None))
+        ids, g = [p.ids_BT for p in indexed], [p.g_BTd for p in indexed]
+        longer = Indexed(torch.cat(ids, 1), torch.cat(g, 1), first.num_embeddings, None) if len(indexed) > 1 else first
+        merged.append(longer)
     return merged
 
 

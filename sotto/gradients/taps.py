@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from sotto.errors import SottoError
-from sotto.gradients.pieces import Factored, Instantiated, Piece, squared_norms
+from sotto.gradients.pieces import Piece, combine, settle, squared_norms
 from sotto.gradients.rows import Rows
+from sotto.gradients.sketch import Sketch
 
 PATIENCE = 3
 """Backward passes that keep the graph for a site whose output has not influenced a loss yet (an unused pooler)."""
@@ -33,7 +34,7 @@ class Phase(enum.Enum):
 
     PLAIN = "return parameter gradients, as if nothing were attached"
     RECORD = "hand pieces to the book, return none"
-    PROBE = "compare output gradients with those of the recorded pass, return none"
+    PROBE = "compare output gradients with those of a pass under other weights, return none"
     SILENT = "return none"
 
 
@@ -64,21 +65,21 @@ class Book:
             return
         if seen:
             self.repeated.add(name)
-        if isinstance(piece, Factored) and piece.instantiation_is_cheaper(self.rows):
-            piece = Instantiated(piece.instantiate(self.rows))
+        piece = settle(piece, self.rows, self.keep)
         self.squared_UG[:, self.group_of[name]] += piece.squared_norms(self.rows).double()
         if self.keep:
             self.kept.setdefault(name, []).append(piece)
 
     def finish(self) -> None:
         """Adds the norms of parameters that were used more than once."""
-        for name, pieces in self.waiting.items():
-            self.squared_UG[:, self.group_of[name]] += squared_norms(pieces, self.rows).double()
+        for name in list(self.waiting):
+            pieces = self.waiting.pop(name)
             if len(pieces) > 1:
                 self.repeated.add(name)
+            pieces = combine(pieces, self.rows, self.keep)
+            self.squared_UG[:, self.group_of[name]] += squared_norms(pieces, self.rows).double()
             if self.keep:
                 self.kept[name] = pieces
-        self.waiting = {}
 
 
 @dataclass
@@ -93,6 +94,8 @@ class State:
       input_shapes: (B, T) shapes of the model's last inputs; batch_size is their B, or 0 if unknown.
       inside: the model's own forward is running, so input_shapes and batch_size speak of this very call.
       uses: how often each parameter was used since the last backward pass; those used twice are `shared`.
+      probe_weight_B, probing_first: the weights of the losses in a probing pass, and whether it is the first of two,
+        the one that is compared with.
       repeated: parameters that have ever come twice in one backward pass. Forward uses are counted per backward call,
         so they are not known for the second of two graphs that were built before either was used.
     """
@@ -112,6 +115,7 @@ class State:
     unconfirmed: list[Site] = field(default_factory=list)
     batch_size: int = 0
     probe_weight_B: torch.Tensor | None = None
+    probing_first: bool = False
 
     def isolate(self, g: torch.Tensor) -> torch.Tensor:
         """In a pass for one unit, removes what other rows' infinities made of their zero output gradients.
@@ -133,7 +137,7 @@ class State:
         self.uses.clear()
         self.shared.clear()
         for site in self.unconfirmed:
-            site.reference, site.probed, site.evidence = [], 0, False
+            site.reference, site.evidence = [], False
         self.unconfirmed.clear()
 
 
@@ -150,17 +154,24 @@ class Site:
         self.state, self.path, self.module, self.rule, self.make = state, path, module, rule, make
         self.original: Callable[..., Any] = module.forward
         self.confirmed = False
-        # Rows of an anchored site are surely the batch's examples. A routed expert sees tokens in any order.
-        self.anchored = "expert" not in path.lower()
+        # Rows of an anchored site are surely the batch's examples. A routed expert sees tokens in any order; a shared
+        # one sees all of them, as any layer does.
+        self.anchored = "expert" not in path.lower().replace("shared_expert", "")
         self.declined: str | None = None
         self.tapped_in_forward = False
-        self.reference: list[torch.Tensor] = []
+        self.reference: list[Sketch] = []
         self.probed = 0
+        """Uses in the probing pass that runs or ran last."""
         self.evidence = False
         self.unreached = 0
+        self.seen_alone = False
+        """Surveyed in a batch of one row: its rows are counted rightly, but nothing was compared."""
 
     def trains(self, *roles: str) -> bool:
         return any((p := self.module._parameters.get(r)) is not None and p.requires_grad for r in roles)
+
+    def own(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters(recurse=False) if p.requires_grad]
 
     def name(self, role: str) -> str | None:
         """The engine's name of a parameter of this module, if it is trainable."""
@@ -225,24 +236,24 @@ class Site:
         phase = self.state.phase
         if phase is Phase.PLAIN or self.declined is not None:
             return True
-        if phase is Phase.RECORD:
-            book = self.state.book
-            assert book is not None
-            routed = not self.anchored and g.dim() == 2 and book.rows.num_rows > 1
-            g = self.fold(g, book.rows.num_rows)
-            if g.dim() < 2 or g.shape[0] != book.rows.num_rows or routed:
-                self.decline(f"its rows ({g.shape[0]}) are not the batch's {book.rows.num_rows} examples")
-                return True
-            if not self.confirmed:
-                self.reference.append(g.detach().clone())
-                if self not in self.state.unconfirmed:
-                    self.state.unconfirmed.append(self)
-            for role, piece in pieces(book.rows).items():
-                if (name := self.name(role)) is not None:
-                    book.add(name, piece)
-        elif phase is Phase.PROBE and not self.confirmed:
-            assert self.state.probe_weight_B is not None
-            self._compare(self.fold(g, len(self.state.probe_weight_B)))
+        if phase is Phase.SILENT:
+            return False
+        book, weight_B = self.state.book, self.state.probe_weight_B
+        rows = len(weight_B) if weight_B is not None else book.rows.num_rows if book is not None else 0
+        routed = not self.anchored and g.dim() == 2 and rows > 1
+        g = self.fold(g, rows)
+        if g.dim() < 2 or g.shape[0] != rows or routed:
+            self.decline(f"its rows ({g.shape[0]}) are not the batch's {rows} examples")
+            return True
+        if phase is Phase.PROBE:
+            self._compare(g)
+            return False
+        assert book is not None
+        if not self.confirmed and self not in self.state.unconfirmed:
+            self.state.unconfirmed.append(self)
+        for role, piece in pieces(book.rows).items():
+            if (name := self.name(role)) is not None:
+                book.add(name, piece)
         return False
 
     def fold(self, x: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -258,51 +269,37 @@ class Site:
 
     def _compare(self, g: torch.Tensor) -> None:
         """Under losses weighted by w, row i must be exactly w_i times what it was: then it depends on loss i alone."""
-        weight_B = self.state.probe_weight_B
-        assert weight_B is not None
-        before = self.reference[self.probed] if self.probed < len(self.reference) else None
         self.probed += 1
+        if self.confirmed:
+            return
+        weight_B, first = self.state.probe_weight_B, self.state.probing_first
+        assert weight_B is not None
+        if first:
+            self.reference.append(Sketch.of(g))
+            return
+        before = self.reference[self.probed - 1] if self.probed <= len(self.reference) else None
         if before is None or before.shape != g.shape:
             raise _coupled(self.path, "its backward pass is not repeatable")
-        if _follows(g, before, weight_B):
-            rows_with_gradient = torch.isfinite(before.flatten(1)).all(1) & (before.flatten(1) != 0).any(1)
-            self.evidence = self.evidence or int(rows_with_gradient.sum()) > 1
+        if before.follows(g, weight_B):
+            self.evidence = self.evidence or before.rows_with_gradient > 1
         elif not self.anchored:
             self.decline("its rows are not the examples of the batch")
-        elif (
-            g.dim() > 2
-            and g.shape[1] == len(weight_B)
-            and _follows(g.transpose(0, 1), before.transpose(0, 1), weight_B)
-        ):
+        elif before.across is not None and before.across.follows(g.transpose(0, 1), weight_B):
             self.decline("its second dimension is the batch, not its first")
         else:
             raise _coupled(self.path, "the gradient of one example changes with the loss of another")
 
-    def conclude(self) -> None:
+    def conclude(self, num_rows: int) -> None:
         """After a probe: confirmed if every use was compared and at least two rows had a gradient to compare.
 
         A LoRA factor whose partner is still zero has none on the first step; it is probed again on the next.
         """
+        self.seen_alone = self.seen_alone or num_rows == 1
         if not self.reference:
             self.unreached += 1
         elif self.declined is None and self.probed == len(self.reference) and self.evidence:
             self.confirmed = True
-        self.reference, self.probed, self.evidence = [], 0, False
-
-
-def _follows(g: torch.Tensor, before: torch.Tensor, weight_B: torch.Tensor) -> bool:
-    """Whether each finite row of g is the row of `before` times its weight.
-
-    The weights are powers of two, so the two passes round alike in any precision, and the tolerance can be narrow.
-    """
-    tolerance = 1e-2 if g.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    g, before = g.flatten(1).double(), before.flatten(1).double()
-    error_B = (g / weight_B.double()[:, None] - before).norm(dim=1)
-    size_B = before.norm(dim=1)
-    finite_B = torch.isfinite(error_B) & torch.isfinite(size_B)
-    if not bool(finite_B.any()):
-        return True
-    return not bool((error_B > tolerance * (size_B + size_B[finite_B].max()))[finite_B].any())
+        self.reference, self.evidence = [], False
 
 
 def _coupled(path: str, reason: str) -> SottoError:

@@ -25,6 +25,8 @@ _INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "ortho
 
 _BLOCK = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The first number in a module's path is its block. peft reads `layers_to_transform` the same way."""
+_FUSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+"""Families whose fast kernels read the weight of `out_proj` past the layer, so that peft refuses an adapter there."""
 _PEFT_HEADS = {"classifier", "score"}
 """Heads that peft saves for classification without being told."""
 
@@ -65,6 +67,8 @@ def wrap(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
     with support.seeded(seed), support.quiet(), warnings.catch_warnings():
         # peft asks transformers for a property by its old name; the reader of this warning could do nothing about it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # transformers renames the experts' adapters for peft, also where no expert has one.
+        warnings.filterwarnings("ignore", message=".*did not match any targeted module.*", category=RuntimeWarning)
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     assert isinstance(wrapped, PeftModel)
     saved = tuple(f"base_model.model.{head}.modules_to_save." for head in heads)
@@ -112,7 +116,8 @@ def _matches(path: str, target: str) -> bool:
 def _targets(model: nn.Module, layers: dict[str, nn.Module], targets: Sequence[str] | str) -> list[str]:
     """Paths of the layers that `lora_targets` names."""
     if isinstance(targets, str):  # "all-linear"
-        return list(layers)
+        kind = getattr(model.config, "model_type", None)
+        return [path for path in layers if not (kind in _FUSED and path.rsplit(".", 1)[-1] == "out_proj")]
     for target in targets:
         if not target or not any(_matches(path, target) for path in layers):
             names = sorted({path.rsplit(".", 1)[-1] for path in layers})

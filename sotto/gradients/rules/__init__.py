@@ -24,6 +24,8 @@ def rule_for(module: nn.Module) -> tuple[str, Rule]:
     forward = module.__dict__.get("forward", type(module).forward)
     if forward is nn.Linear.forward:
         return "linear", linear.tap
+    if linear.is_written_out(module) and "forward" not in module.__dict__:
+        return "linear", linear.tap
     if linear.is_conv1d(module) and "forward" not in module.__dict__:
         return "linear", linear.tap_conv1d
     if isinstance(module, nn.Embedding):

@@ -18,6 +18,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def is_written_out(module: nn.Module) -> bool:
+    """A linear layer whose forward writes the product out, `x @ W.T + b`, where no functional call can be replaced."""
+    return type(module).__name__ == "FalconLinear" and type(module).__module__.startswith("transformers.models.falcon.")
+
+
 def tap(site: Site) -> Any:
     def forward(input: torch.Tensor) -> torch.Tensor:
         if not site.active():
