@@ -34,7 +34,7 @@ from sotto.privacy.mechanism import AdaptiveGaussianMechanism, GaussianMechanism
 from sotto.privacy.noise import DebugNoise, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
 from sotto.rundir import RunDir, require_writable
-from sotto.training import Mechanism, Session, check_first_batch
+from sotto.training import Mechanism, Session, check_gradients
 
 
 @dataclass
@@ -123,7 +123,7 @@ def start(config: Config, stem: str) -> Session:
         "data": _digest(parts.data),
     }
     session = _assemble(config, plan, RunDir.planned(config, stem), parts, secret)
-    check_first_batch(session)
+    check_gradients(session)
     report = json.dumps(parts.data.report.to_dict(), indent=2)
     session.run.create(config, plan.to_dict(), {"secrets.json": json.dumps(secret), "data_report.json": report})
     try:
@@ -189,7 +189,7 @@ def _resume(run: RunDir) -> Session:
     if latest is not None:
         _restore(session, latest)
     if session.step < plan.steps:
-        check_first_batch(session)
+        check_gradients(session)
     session.budget = _open_budget(session, secret)
     return session
 

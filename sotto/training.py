@@ -88,6 +88,8 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
         units = s.sampler.draw(step, attempt)  # Poisson; may be empty, and then still noises
         with dropout_stream(s, step):
             total = clipped_sum(s, units)
+        if s.engine.arrangement != s.engine.verified:  # some module has gone over to another rule
+            check_gradients(s)
         private = private_numbers(s, total, units)
         update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
         s.optimizer.step(update, step)
@@ -174,8 +176,8 @@ def dropout_stream(session: Session, step: int) -> Iterator[None]:
         yield
 
 
-def check_first_batch(session: Session) -> None:
-    """Compares the engine with plain autograd on a few units of the first batch, before anything is written."""
+def check_gradients(session: Session) -> None:
+    """Compares the engine with plain autograd on a few units: before anything is written, and when its rules change."""
     s = session
     if len(s.data.units) == 0:
         return

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 UNITS = torch.tensor([5, 3, 5, 9])
+MOST_STEPS = 9
 PATIENT = ("kimi_linear", "longformer")
 """Families whose plain code takes half a minute for a batch of four."""
 
@@ -53,7 +54,11 @@ def every(exceptions: Any = ()) -> list[Any]:
 
 
 def assert_exact(model: Any, kind: str, name: str, algorithms: tuple[str, ...]) -> None:
-    """Two steps of each algorithm against plain autograd of the model without the engine, one unit at a time."""
+    """Steps of each algorithm against plain autograd of the model without the engine, one unit at a time.
+
+    As many as it takes until every parameter has found the module that is run again for it; then none is left for which
+    the whole model is run once per unit. (XLNet, with its batch in the second dimension, is all there is around some.)
+    """
     losses = families.losses_of(model, families.batch(), kind)
     expected = oracle(model, losses, families.B, UNITS)
     assert bool(torch.isfinite(expected.norms).all())
@@ -62,10 +67,13 @@ def assert_exact(model: Any, kind: str, name: str, algorithms: tuple[str, ...]) 
     tolerance = 2e-3 if name in families.NARROW else 1e-6
     for algorithm in algorithms:
         engine = attach(model, clip_norm=expected.clip_norm, algorithm=algorithm)  # type: ignore[arg-type]
-        for step in range(2):
+        for step in range(MOST_STEPS):
             total = engine.backward(losses(torch.arange(families.B)), UNITS)
             worst = differences(total, expected)
             assert max(worst) < tolerance, (algorithm, step, worst)
+            if step > 0 and not engine.slow and all(s.confirmed for s in engine.sites.values() if s.rule == "rerun"):
+                break
+        assert name == "xlnet" or [(r.path, r.reason) for r in engine.report() if r.slow] == []
         engine.detach()
 
 
@@ -108,8 +116,8 @@ def test_engine_families_without_adapters_are_still_without(kind: str, name: str
         assert_exact(adapted(kind, name), kind, name, ("auto",))
 
 
-# Not here: T5 and MPNet, whose table of relative positions is looked up once for the whole batch. Its few numbers have
-# no gradient of one example until they are added to the scores, where no module is entered.
+# Not here: T5 and MPNet, whose table of relative positions is looked up once for the whole batch, so that the attention
+# around it is run again; state-space models, whose mixers are; and mixtures of experts, whose experts and routers are.
 MAINSTREAM = {
     CAUSAL: "bert roberta electra camembert gpt2 gpt_neo gpt_neox gptj gpt_bigcode opt bloom falcon llama mistral "
     "qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 cohere cohere2 starcoder2 stablelm granite "
@@ -129,7 +137,7 @@ def test_engine_has_a_rule_for_every_module_of_mainstream_models(kind: str, name
     losses = families.losses_of(model, families.batch(), kind)
     engine = attach(model)
     engine.backward(losses(torch.arange(families.B)))
-    assert [(r.path, r.reason) for r in engine.report() if r.slow] == []
+    assert [(r.path, r.reason) for r in engine.report() if r.slow or r.rule == "rerun"] == []
     reported = {name for r in engine.report() for name in r.parameters}
     assert reported == set(engine.parameters)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_oracle import ALGORITHMS, UNEVEN, differences, oracle, vector
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -42,6 +42,7 @@ def test_unclipped_has_no_sensitivity():
     st.floats(1e-6, 1e6),
     st.sampled_from([torch.float32, torch.float64]),
 )
+@example([3.4027492327661392e38], 0.25, torch.float32)
 @pytest.mark.parametrize("make", [Flat, Automatic])
 def test_no_coefficient_exceeds_the_sensitivity(make: Any, norms: list[float], clip_norm: float, dtype: torch.dtype):
     clipping: Clipping = make(clip_norm)
@@ -170,17 +171,28 @@ class Overflow(nn.Module):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_infinity_that_cannot_be_traced_to_one_unit_stops_the_step(algorithm: str):
-    """If it silently zeroed all units, one unit would decide over the others' contributions."""
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_an_infinity_is_traced_to_one_unit_or_stops_the_step(algorithm: str, decay: float):
+    """If it silently zeroed all units, one unit would decide over the others' contributions. Where the model can be run
+    again for each unit it is traced, but not if a loss uses the parameter beyond the model."""
     model = Overflow()
+    losses = lambda x: model(x) + decay * model.alpha.square().sum() if decay else model(x)  # noqa: E731
     x = torch.zeros(B, T, D)
     engine = attach(model, algorithm=algorithm)  # type: ignore[arg-type]
-    engine.backward(model(x))
+    for _ in range(2):
+        engine.backward(losses(x))
+    others = torch.arange(B) != 1
+    without = engine.backward(losses(x[others]))
     x[1] = 1.0
-    with pytest.raises(Exception, match="SOT611"):
-        engine.backward(model(x))
+    if decay or algorithm == "per_example":
+        with pytest.raises(Exception, match="SOT611"):
+            engine.backward(losses(x))
+    else:
+        total = engine.backward(losses(x))
+        assert torch.equal(torch.isfinite(total.norms), others)
+        torch.testing.assert_close(vector(total.gradients), vector(without.gradients))
     x[1] = 0.0
-    assert torch.isfinite(engine.backward(model(x)).norms).all()
+    assert torch.isfinite(engine.backward(losses(x)).norms).all()
 
 
 @pytest.mark.parametrize("leftover", [1e-5, 1e-3, 1e-1])

@@ -269,7 +269,7 @@ def test_changing_one_example_leaves_the_others_norms_bit_identical(family: str,
     model = build(family, torch.float32)
     batch = batch_of()
     engine = attach(model, algorithm=algorithm)  # type: ignore[arg-type]
-    for _ in range(2):
+    for _ in range(4):  # until every module has found its rule
         before = engine.backward(losses_of(model, batch)(torch.arange(B))).norms
     changed = {**batch, "input_ids": batch["input_ids"].clone()}
     changed["input_ids"][1] = changed["input_ids"][1].flip(0) % 9 + 3
@@ -407,7 +407,8 @@ def test_a_use_that_first_appears_later_is_refused_once_and_then_exact(gpt2: Pre
         engine.backward(plain(torch.arange(B)))
     with pytest.raises(Exception, match="SOT609"):
         engine.backward(surprise(torch.arange(B)))
-    torch.testing.assert_close(engine.backward(surprise(torch.arange(B))).norms, expected.norms)
+    for _ in range(6):  # it is tried in vain to run the layer, and what is around it, again
+        torch.testing.assert_close(engine.backward(surprise(torch.arange(B))).norms, expected.norms)
     assert {r.path for r in engine.report() if r.slow} == {"transformer.ln_f"}
 
 
@@ -435,8 +436,9 @@ def test_the_report_names_rules_and_reasons():
     assert report["backbone.layers.0.mixer.in_proj"].rule == "linear"
     assert report["backbone.layers.0.norm"].rule == "vmap"
     mixer = report["backbone.layers.0.mixer"]
-    assert mixer.slow
-    assert mixer.reason
+    assert mixer.rule == "rerun"
+    assert mixer.reason == "run again one unit at a time, with all of 'backbone.layers.0.mixer'"
+    assert not any(r.slow for r in report.values())
     assert any("A_log" in name for name in mixer.parameters)
     named = {name for r in report.values() for name in r.parameters}
     assert named == set(dict(model.named_parameters()))

@@ -16,6 +16,7 @@ from sotto.gradients.engine import attach
 from sotto.gradients.pieces import Factored, Indexed, Instantiated, Piece
 from sotto.gradients.rows import Rows
 from sotto.gradients.rules import linear
+from sotto.gradients.rules.call import Call
 from sotto.gradients.self_check import verify
 from sotto.gradients.taps import Book, Site
 
@@ -34,6 +35,8 @@ class Model(nn.Module):
         self.head.weight = self.embed.weight
         self.gate = nn.Parameter(torch.ones(D))
         self.coupled = False
+        self.decay = 0.0
+        """What a loss adds for the gate, outside the model's forward."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         h = self.norm(torch.tanh(self.linear(self.embed(ids))) * self.gate)
@@ -53,7 +56,8 @@ def losses_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def losses(rows: torch.Tensor) -> torch.Tensor:
         logits = model(ids[rows])
-        return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[rows][:, 1:], reduction="none").sum(1)
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[rows][:, 1:], reduction="none").sum(1)
+        return losses + model.decay * model.gate.square().sum() if model.decay else losses
 
     return losses
 
@@ -67,10 +71,12 @@ def check(model: Model, algorithm: Any = "book_keeping", units: torch.Tensor = U
 
 
 @pytest.mark.parametrize("algorithm", ["per_example", "ghost", "book_keeping"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize(
     "units", [UNITS, torch.arange(B), torch.zeros(B, dtype=torch.long)], ids=["uneven", "alone", "one"]
 )
-def test_a_right_model_passes(model: Model, units: torch.Tensor, algorithm: str):
+def test_a_right_model_passes(model: Model, units: torch.Tensor, decay: float, algorithm: str):
+    model.decay = decay
     assert check(model, algorithm, units) < 1e-5
 
 
@@ -154,9 +160,19 @@ def a_parameter_never_summed(m: pytest.MonkeyPatch) -> None:
     m.setattr("sotto.gradients.passes.add_slow", lambda *args: None)
 
 
+def rerun_parameters_forgotten(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Call, "pieces", lambda self, rows: {})
+
+
+def rerun_off_by_a_tenth(m: pytest.MonkeyPatch) -> None:
+    right = Call.recorded
+    m.setattr(Call, "recorded", lambda *args: {name: 1.1 * grad for name, grad in right(*args).items()})
+
+
 BREAKS = (
     norm_off_by_a_tenth, sum_off_by_a_hundredth, bias_norm_per_token, missing_bias, swapped_rows, repeats_ignored,
-    tied_cross_term_dropped, slow_parameters_forgotten, a_parameter_never_summed,
+    tied_cross_term_dropped, rerun_parameters_forgotten, rerun_off_by_a_tenth,
+    slow_parameters_forgotten, a_parameter_never_summed,
 )  # fmt: skip
 
 
@@ -165,6 +181,7 @@ def test_a_broken_rule_is_caught(
     plant: Callable[[pytest.MonkeyPatch], None], model: Model, monkeypatch: pytest.MonkeyPatch
 ):
     plant(monkeypatch)
+    model.decay = 0.3 if plant in (slow_parameters_forgotten, a_parameter_never_summed) else 0.0
     with pytest.raises(SottoError) as caught:
         check(model)
     assert caught.value.code == "SOT610"

@@ -74,7 +74,7 @@ class Automatic(Flat):
     gamma: float = 0.01
 
     def coefficients(self, norms_UG: torch.Tensor) -> torch.Tensor:
-        return _zero_where_not_finite(self.threshold(norms_UG) / (norms_UG + self.gamma), norms_UG)
+        return _zero_where_unusable(self.threshold(norms_UG) / (norms_UG + self.gamma), norms_UG)
 
 
 @dataclass
@@ -141,16 +141,18 @@ class Unclipped:
         return by_layer(names) if self.layerwise else dict.fromkeys(names, 0)
 
     def coefficients(self, norms_UG: torch.Tensor) -> torch.Tensor:
-        return _zero_where_not_finite(torch.ones_like(norms_UG), norms_UG)
+        return _zero_where_unusable(torch.ones_like(norms_UG), norms_UG)
 
 
 def _scale_down(norms_UG: torch.Tensor, threshold: Any) -> torch.Tensor:
     factors = torch.clamp(threshold / torch.clamp(norms_UG, min=torch.finfo(norms_UG.dtype).tiny), max=1.0)
-    return _zero_where_not_finite(factors, norms_UG)
+    return _zero_where_unusable(factors, norms_UG)
 
 
-def _zero_where_not_finite(factors_UG: torch.Tensor, norms_UG: torch.Tensor) -> torch.Tensor:
-    return torch.where(torch.isfinite(norms_UG), factors_UG, torch.zeros_like(factors_UG))
+def _zero_where_unusable(factors_UG: torch.Tensor, norms_UG: torch.Tensor) -> torch.Tensor:
+    """Zero for units that are not finite, and for factors so small that float32 would round them, perhaps up."""
+    usable_UG = torch.isfinite(norms_UG) & (factors_UG >= torch.finfo(torch.float32).tiny)
+    return torch.where(usable_UG, factors_UG, torch.zeros_like(factors_UG))
 
 
 CLIPPINGS: dict[str, type[Flat] | type[Adaptive]] = {"flat": Flat, "automatic": Automatic, "adaptive": Adaptive}

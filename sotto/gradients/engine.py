@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sotto.errors import SottoError, did_you_mean
-from sotto.gradients import book_keeping, ghost, layerwise, per_example
+from sotto.gradients import book_keeping, ghost, layerwise, per_example, sites
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import CLIPPINGS, Clipping
 from sotto.gradients.rows import Rows
-from sotto.gradients.rules import contain, rule_for
+from sotto.gradients.rules import contain
 from sotto.gradients.rules.generic import COUPLING
 from sotto.gradients.taps import Book, Phase, Site, State
 
@@ -38,7 +38,7 @@ ALGORITHMS = {
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """How one module's trainable parameters are handled. `slow` modules cost one backward pass per unit."""
+    """How one module's trainable parameters are handled. `slow` ones cost a pass through the whole model per unit."""
 
     path: str
     parameters: tuple[str, ...]
@@ -56,6 +56,12 @@ class Engine:
         self.sites: dict[str, Site] = {}
         self.slow: dict[str, str] = {}
         """Names of parameters on the slow path, with the reason."""
+        self.tried: dict[str, str] = {}
+        """Where a parameter was last tried to be run again: the path of a module."""
+        self.hopeless: set[str] = set()
+        """Names of parameters that stay on the slow path."""
+        self.verified: Any = None
+        """The arrangement that `self_check.verify` has last found right."""
         self.tapped: set[str] = set()
         """Names of parameters that have come through a tapped operation."""
         self.calls = 0
@@ -72,35 +78,15 @@ class Engine:
                     fix="replace it with group or layer normalisation",
                 )  # fmt: skip
         self._refresh_names()
-        self.sites = self._make_sites()
+        self.state.constants = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        self.sites = sites.make(self)
         for site in self.sites.values():  # only now, so that a refusal leaves the model as it was
-            forward = site.make(site)
-            forward.sotto_engine = True
-            site.module.__dict__["forward"] = forward
+            sites.place(site)
         self._hooks = [
             self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.model.register_forward_hook(self._leave, always_call=True),
         ]
         self._attached = True
-
-    def _make_sites(self) -> dict[str, Site]:
-        sites: dict[str, Site] = {}
-        ruled: set[int] = set()  # parameters of modules with a rule
-        for path, module in self.model.named_modules():
-            own = [id(p) for p in module.parameters(recurse=False) if p.requires_grad]
-            if not own:
-                continue
-            if getattr(module.__dict__.get("forward"), "sotto_engine", False):
-                raise SottoError("SOT600", what="another engine is attached to the model", where=f"module '{path}'",
-                                 why="two engines would take each other's operations for the model's own",
-                                 fix="call detach() on the other one first")  # fmt: skip
-            rule, make = rule_for(module) if self.algorithm != "per_example" else ("slow", contain.tap)
-            sites[path] = Site(self.state, path, module, rule, make)
-            ruled |= set(own) if rule != "slow" else set()
-        # A module without a rule may only hold a second name for a parameter that another module uses (the bias of a
-        # BERT language head). If it used it as well, the gradient of that use would be found as any untapped one.
-        names = {path for path, site in sites.items() if site.rule == "slow" and {*map(id, site.own())} <= ruled}
-        return {path: site for path, site in sites.items() if path not in names}
 
     def _refresh_names(self) -> None:
         parameters = self.parameters
@@ -150,6 +136,7 @@ class Engine:
     def _slow_somewhere(self) -> bool:
         """Whether one example's infinities could reach other units, so that they must not enter the model."""
         slow = bool(self.slow) or self.algorithm == "per_example"
+        slow = slow or any(site.rule == "rerun" and not site.confirmed for site in self.sites.values())
         return slow and torch.is_grad_enabled() and not self.state.paused
 
     def backward(self, losses: torch.Tensor, units: torch.Tensor | None = None) -> ClippedSum:
@@ -173,7 +160,9 @@ class Engine:
         try:
             # Saved activations come with their graph: what is computed from them here must not keep it alive.
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-                return ALGORITHMS[self.algorithm](self, losses, rows)
+                total = ALGORITHMS[self.algorithm](self, losses, rows)
+                sites.promote(self)
+                return total
         finally:
             self.state.forget()
 
@@ -237,22 +226,32 @@ class Engine:
         """Makes empty books for `passes.record`. `keep`: pieces for the weighted sum, or only their norms."""
         return lambda shared: Book(rows, keep, shared, self.group_of, self.no_norms(rows))
 
+    @property
+    def arrangement(self) -> Any:
+        """Which site handles which parameters, and which none does. It changes when a rule turns out not to fit."""
+        return frozenset((path, site.rule, *site.roles()) for path, site in self.sites.items()), frozenset(self.slow)
+
     def report(self) -> list[ModuleReport]:
-        """Which module runs on which rule. The slow path is known after the first backward pass."""
+        """Which module runs on which rule. What is not on a fast one is known after the first backward passes."""
         found = []
+        again = {name: path for path, site in self.sites.items() if site.rule == "rerun" for name in site.roles()}
         for path, module in self.model.named_modules():
             ids = [id(p) for p in module.parameters(recurse=False) if p.requires_grad]
             if not ids:
                 continue
             names = tuple(self.state.names[i] for i in ids if i in self.state.names)
             site = self.sites.get(path)
+            if around := {again[n] for n in names if n in again and n not in self.slow}:
+                reason = f"run again one unit at a time, with all of '{min(around) or 'the model'}'"
+                found.append(ModuleReport(path, names, "rerun", "" in around, reason))
+                continue
             if site is None and not any(n in self.slow for n in names):
                 continue  # reported with the module that uses them
             reasons = [self.slow[n] for n in names if n in self.slow]
             slow = bool(reasons) or site is None or site.declined is not None or site.rule == "slow"
             reason = (site.declined if site else None) or (reasons[0] if reasons else "")
             if slow and not reason:
-                reason = "no rule for this module: its own backward pass, one unit at a time"
+                reason = sites.NO_RULE
             found.append(ModuleReport(path, names, "slow" if slow or site is None else site.rule, slow, reason))
         return found
 
@@ -261,18 +260,10 @@ class Engine:
         if not self._attached:
             return
         for site in self.sites.values():
-            _restore(site)
+            sites.restore(site)
         for hook in self._hooks:
             hook.remove()
         self._attached = False
-
-
-def _restore(site: Site) -> None:
-    """Puts back what stood before: the class's forward, or an instance attribute of another library."""
-    inherited = type(site.module).forward.__get__(site.module)
-    site.module.__dict__.pop("forward", None)
-    if site.original != inherited:
-        site.module.__dict__["forward"] = site.original
 
 
 def attach(

@@ -11,7 +11,7 @@ from torch import nn
 
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
-from sotto.gradients.pieces import accumulate, wide
+from sotto.gradients.pieces import accumulate, owned, wide
 from sotto.gradients.rows import Rows
 from sotto.gradients.taps import PATIENCE, Book, Phase, Site
 
@@ -80,7 +80,7 @@ def _survey(engine: Engine, losses: torch.Tensor, rows: Rows) -> bool:
                 site.conclude(rows.num_rows)
         uses: Counter[str] = Counter()
         for site in engine.sites.values():
-            names = [name for role in site.module._parameters if (name := site.name(role)) is not None]
+            names = [name for role in site.roles() if (name := site.name(role)) is not None]
             uses.update(dict.fromkeys(names, site.probed if site.declined is None else 0))
         engine.state.repeated |= {name for name, count in uses.items() if count > 1}
         for name in left - engine.slow.keys():
@@ -108,11 +108,12 @@ def _probe(engine: Engine, losses: torch.Tensor, rows: Rows) -> set[str]:
             site.probed = 0
             if state.probing_first:  # an earlier probe may have ended in an error
                 site.reference, site.evidence = [], False
+        state.others_B = ~torch.isfinite(losses)  # such a row must not hide what the others show
         with engine.during(Phase.PROBE):
             untapped = _gradients(losses, engine.parameters, weight_B, True)
         left |= {name for name, grad in zip(engine.parameters, untapped, strict=True) if grad is not None}
         del untapped
-    state.probe_weight_B = None
+    state.probe_weight_B = state.others_B = None
     return left
 
 
@@ -122,7 +123,7 @@ def _take_off(engine: Engine, tapped: set[str]) -> bool:
     Returns whether there was such a parameter.
     """
     for site in engine.sites.values():
-        roles = [role for role in site.module._parameters if site.name(role) in engine.slow]
+        roles = [role for role in site.roles() if site.name(role) in engine.slow]
         if roles and site.declined is None:
             site.decline("the same parameter is also used where it cannot be tapped")
     return bool(tapped & engine.slow.keys())
@@ -206,7 +207,7 @@ def _note_slow(engine: Engine, left: set[str]) -> bool:
     for site in engine.sites.values():
         if site.declined is None:
             continue
-        for role in site.module._parameters:
+        for role in site.roles():
             name = site.name(role)
             if name is None:
                 continue
@@ -247,7 +248,7 @@ def add_slow(engine: Engine, losses: torch.Tensor, rows: Rows, factor_UG: torch.
     if factor_UG.shape[1] == 1 and bool((factor_UG > 0).all()):
         slow = {name: p for name, p in engine.parameters.items() if name in engine.slow}
         with engine.during(Phase.SILENT):
-            grads = _own(slow, _gradients(losses, slow, factor_UG[rows.unit_of_B, 0], False))
+            grads = owned(slow, _gradients(losses, slow, factor_UG[rows.unit_of_B, 0], False))
         for name, grad in grads.items():
             accumulate(total, name, grad)
         return
@@ -270,25 +271,9 @@ def weighted(engine: Engine, losses: torch.Tensor, weight_B: torch.Tensor, bad_B
     engine.state.bad_B = bad_B
     try:
         with engine.during(Phase.PLAIN):
-            return _own(engine.parameters, _gradients(losses, engine.parameters, weight_B, bool(engine.slow)))
+            return owned(engine.parameters, _gradients(losses, engine.parameters, weight_B, bool(engine.slow)))
     finally:
         engine.state.bad_B = None
-
-
-def _own(parameters: dict[str, nn.Parameter], grads: tuple[torch.Tensor | None, ...]) -> dict[str, torch.Tensor]:
-    """{name: gradient} in float32 or better. Autograd may give one tensor to two parameters, or a view; these are
-    copied, because the sum will be added to in place."""
-    found: dict[str, torch.Tensor] = {}
-    taken: set[int] = set()
-    for name, grad in zip(parameters, grads, strict=True):
-        if grad is None:
-            continue
-        own = wide(grad)
-        if own is grad and (not grad.is_contiguous() or grad._is_view() or grad.data_ptr() in taken):
-            own = grad.clone(memory_format=torch.contiguous_format)
-        taken.add(own.data_ptr())
-        found[name] = own
-    return found
 
 
 def complete(engine: Engine, total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,9 @@ Shape legend: see rows.py. V is the number of embedding rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -40,6 +42,22 @@ def accumulate(total: dict[str, torch.Tensor], name: str, value: torch.Tensor) -
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Norms and sums are accumulated in float32 or better."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def owned(names: Iterable[str], grads: tuple[torch.Tensor | None, ...]) -> dict[str, torch.Tensor]:
+    """{name: gradient} in float32 or better. Autograd may give one tensor to two parameters, or a view; these are
+    copied, because the sum will be added to in place."""
+    found: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, grad in zip(names, grads, strict=True):
+        if grad is None:
+            continue
+        own = wide(grad)
+        if own is grad and (not grad.is_contiguous() or grad._is_view() or grad.data_ptr() in taken):
+            own = grad.clone(memory_format=torch.contiguous_format)
+        taken.add(own.data_ptr())
+        found[name] = own
+    return found
 
 
 def _zero_bad(x_B: torch.Tensor, bad_B: torch.Tensor | None) -> torch.Tensor:
@@ -195,7 +213,36 @@ class Indexed:
         return total_UVd
 
 
-Piece = Instantiated | Factored | Indexed
+class Call(Protocol):
+    """One use of a module that is run again: `rules/rerun.py`."""
+
+    def squared_norms(self, name: str, rows: Rows) -> torch.Tensor: ...
+
+    def weighted_sum(
+        self, name: str, factor_U: torch.Tensor, rows: Rows, bad_U: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+    def instantiate(self, rows: Rows, names: list[str]) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass
+class OfCall:
+    """One parameter's part of a module that is run again whenever its gradients are wanted."""
+
+    call: Call
+    name: str
+
+    def squared_norms(self, rows: Rows) -> torch.Tensor:
+        return self.call.squared_norms(self.name, rows)
+
+    def weighted_sum(self, factor_U: torch.Tensor, rows: Rows, bad_U: torch.Tensor | None) -> torch.Tensor:
+        return self.call.weighted_sum(self.name, factor_U, rows, bad_U)
+
+    def instantiate(self, rows: Rows) -> torch.Tensor:
+        return self.call.instantiate(rows, [self.name])[self.name]
+
+
+Piece = Instantiated | Factored | Indexed | OfCall
 
 
 def settle(piece: Piece, rows: Rows, keep: bool) -> Piece:
@@ -207,7 +254,7 @@ def settle(piece: Piece, rows: Rows, keep: bool) -> Piece:
 
 def combine(pieces: list[Piece], rows: Rows, keep: bool) -> list[Piece]:
     """Several uses of one parameter (a layer called twice, a tied embedding) in the cheapest form of their sum."""
-    merged = [settle(piece, rows, keep) for piece in _merge(pieces)]
+    merged = [settle(piece, rows, keep) for piece in _merge(pieces, rows)]
     full = next((p for p in merged if isinstance(p, Instantiated)), None)
     tied = {type(p) for p in merged} == {Indexed, Factored} and len(merged) == 2
     if len(merged) == 1 or (tied and not any(isinstance(p, Factored) and p.transposed for p in merged)):
@@ -236,11 +283,12 @@ def squared_norms(pieces: list[Piece], rows: Rows) -> torch.Tensor:
     return never_too_small(first + second + cross, first.sqrt() + second.sqrt())
 
 
-def _merge(pieces: list[Piece]) -> list[Piece]:
-    """Uses of the same form are one use with a longer T."""
+def _merge(pieces: list[Piece], rows: Rows) -> list[Piece]:
+    """Uses of the same form are one use with a longer T. Modules that are run again give their gradients at once."""
     factored = [p for p in pieces if isinstance(p, Factored)]
     indexed = [p for p in pieces if isinstance(p, Indexed)]
     merged: list[Piece] = [p for p in pieces if isinstance(p, Instantiated)]
+    merged += [Instantiated(p.instantiate(rows), ours=True) for p in pieces if isinstance(p, OfCall)]
     if factored:
         flip = factored[0].transposed  # a matrix may be used as W here and as its transpose there: swap a and g
         a = [p.a_BTd if p.transposed == flip else p.g_BTp for p in factored]

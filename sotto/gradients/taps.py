@@ -88,6 +88,7 @@ class State:
 
     Attributes:
       names: id of a trainable parameter -> its name.
+      constants: ids of the model's parameters and buffers, which never have a row for each example.
       bad_B: (B,) rows whose unit is not finite, masked out when true gradients are returned.
       others_B: (B,) rows outside the one unit whose gradient a pass computes. Their output gradients are zero times
         something; where that something is not finite they would be nan, so they are masked.
@@ -101,6 +102,7 @@ class State:
     """
 
     names: dict[int, str] = field(default_factory=dict)
+    constants: set[int] = field(default_factory=set)
     phase: Phase = Phase.PLAIN
     book: Book | None = None
     bad_B: torch.Tensor | None = None
@@ -169,6 +171,9 @@ class Site:
 
     def trains(self, *roles: str) -> bool:
         return any((p := self.module._parameters.get(r)) is not None and p.requires_grad for r in roles)
+
+    def roles(self) -> list[str]:
+        return list(self.module._parameters)
 
     def own(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters(recurse=False) if p.requires_grad]

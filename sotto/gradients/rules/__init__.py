@@ -11,15 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from sotto.gradients.rules import contain, embedding, functional, generic, linear, norm
+from sotto.gradients.rules import embedding, functional, generic, linear, norm
 from sotto.gradients.taps import Site
 
 Forward = Callable[..., Any]
 Rule = Callable[[Site], Forward]
 
 
-def rule_for(module: nn.Module) -> tuple[str, Rule]:
-    """Returns the rule's name and a function from a site to the forward that stands in for the module's own."""
+def rule_for(module: nn.Module) -> tuple[str, Rule | None]:
+    """Returns the rule's name and a function from a site to the forward that stands in for the module's own.
+
+    Without such a function the module is one to be run again: `rerun`, which needs to know more than the module.
+    """
     # Another library may have put its own forward on the instance; it must go on running.
     forward = module.__dict__.get("forward", type(module).forward)
     if forward is nn.Linear.forward:
@@ -37,4 +40,4 @@ def rule_for(module: nn.Module) -> tuple[str, Rule]:
         return "linear", functional.tap
     if generic.fits(module):
         return "vmap", generic.tap
-    return "slow", contain.tap
+    return "rerun", None

@@ -53,7 +53,8 @@ def cleaned(args: Any, kwargs: Any) -> tuple[Any, Any, list[torch.Tensor]]:
     for i in floating:
         x = leaves[i]
         certain = x.requires_grad or len(floating) == 1
-        not_finite = ~torch.isfinite(x) if certain else torch.isnan(x) | torch.isposinf(x)
+        seen = x.detach()  # looking saves nothing for the backward pass
+        not_finite = ~torch.isfinite(seen) if certain else torch.isnan(seen) | torch.isposinf(seen)
         if bool(not_finite.any()):
             bad.append(not_finite.any(-1))
             leaves[i] = x.masked_fill(not_finite, 0)
