@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
 
 MODELS = ("bert", "gpt2", "llama")
-SHAPES = {"T128": (128, 8), "T512": (512, 2)}
+SHAPES = {"T128": (128, 8), "T512": (512, 2), "B16": (128, 16), "B4": (128, 4)}
 TRAINED = ("full", "lora", "bitfit")
-CASES = [f"{m}-{s}-{t}" for m in MODELS for s in SHAPES for t in TRAINED if (m, t) != ("llama", "bitfit")]
+CASES = [f"{m}-{s}-{t}" for m in MODELS for s in ("T128", "T512") for t in TRAINED if (m, t) != ("llama", "bitfit")]
 QUICK = ["bert-T128-full", "bert-T128-lora"]
 OWN = ("book_keeping", "ghost", "layerwise")
 ALGORITHMS = ("non_private", "non_private_own_loss", *OWN, *PEERS)
@@ -48,9 +48,15 @@ HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6
 
 
 def build(kind: str, trained: str) -> Any:
-    """Randomly initialised, without dropout."""
+    """Randomly initialised, without dropout. `kind` may end with a number of layers: `roberta24`."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers import BertConfig, GPT2Config, LlamaConfig  # isort: skip
+    from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig  # isort: skip
+
+    if kind.startswith("roberta"):
+        large = RobertaConfig(hidden_size=1024, num_hidden_layers=int(kind[7:]), num_attention_heads=16,
+                              intermediate_size=4096, vocab_size=50265, max_position_embeddings=514,
+                              hidden_dropout_prob=0, attention_probs_dropout_prob=0)  # fmt: skip
+        return methods(AutoModelForSequenceClassification.from_config(large), trained)
 
     if kind == "bert":
         config: Any = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
@@ -76,6 +82,23 @@ def build(kind: str, trained: str) -> Any:
     return model.train()
 
 
+def methods(model: Any, trained: str) -> Any:
+    """As a run prepares it: `lora`, `side`, `reversible`, `reversible-stored`, ..."""
+    import torch
+
+    from sotto.config import MethodSection
+    from sotto.models.trainable import prepare
+
+    name, _, streams = trained.partition("_")
+    extra = {"reversible_streams": streams} if streams else {}
+    torch.manual_seed(0)
+    model = prepare(model, MethodSection.model_validate({"train": name, **extra}))
+    for path, p in model.named_parameters():  # what starts at zero would leave the rest without a gradient
+        if "lora_B" in path or path.endswith("side.up.weight"):
+            p.data.normal_(std=0.02)
+    return model.train()
+
+
 class Task:
     """The batch of a case and its losses."""
 
@@ -83,7 +106,7 @@ class Task:
         import torch
 
         self.length, self.batch = SHAPES[shape]
-        self.classifies = kind == "bert"
+        self.classifies = kind.startswith(("bert", "roberta"))
         torch.manual_seed(0)
         self.ids = torch.randint(5, 20_000, (self.batch, self.length), device=device)
         self.positions = torch.arange(self.length, device=device).repeat(self.batch, 1)

@@ -117,9 +117,10 @@ def _finished(path: str | Path) -> Run | None:
 def _run(session: Any, progress: Callable[[int, dict[str, Any]], None] | None) -> Run:
     from safetensors import SafetensorError
 
+    from sotto import activations
     from sotto.finish import finish
     from sotto.metrics import Metrics
-    from sotto.training import graceful_stop, train_loop
+    from sotto.training import autocast, graceful_stop, train_loop
 
     if progress is not None:
         session.progress = progress
@@ -127,6 +128,8 @@ def _run(session: Any, progress: Callable[[int, dict[str, Any]], None] | None) -
         try:
             metrics = Metrics(session.run.path, session.config.output.tensorboard)
             try:
+                if session.config.method.side_cache and session.step < session.plan.steps:
+                    session.activations = activations.fill(session, autocast(session.config, session.device))
                 with graceful_stop(session):
                     finished = train_loop(session, metrics)
             finally:

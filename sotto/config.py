@@ -136,8 +136,10 @@ class PrivacySection(Section):
 class MethodSection(Section):
     """What is trained, and how the clipped sum of gradients is obtained."""
 
-    train: Literal["full", "lora", "bitfit", "head"] = "lora"
-    """All weights; low-rank adapters; biases (BitFiT); or the classification head alone (linear probe)."""
+    train: Literal["full", "lora", "bitfit", "head", "side", "reversible"] = "lora"
+    """`full`: all weights. `lora`: low-rank adapters. `bitfit`: biases. `head`: the classification head alone.
+    `side`: a narrow network beside the frozen model, in the memory of inference. `reversible`: the model's layers
+    coupled so that their activations are recomputed, with what `reversible_train` names inside them."""
     lora_rank: Count = 8
     """Width of the adapters: each trained matrix of (d, p) becomes rank * (d + p) trained numbers."""
     lora_alpha: Positive = 16
@@ -148,6 +150,23 @@ class MethodSection(Section):
     """Adapter initialisation. Those that look at data (EVA, CorDA, LoRA-GA) are refused: they would not be private."""
     lora_layers: tuple[int, ...] | None = None
     """Indices of the blocks that get adapters; all when absent. Fewer upper blocks train faster."""
+    side_reduction: Count = 8
+    """How much narrower a side network is than the model."""
+    side_every: Count = 1
+    """A side layer beside every so many of the model's layers, counted from the last."""
+    side_block: Literal["auto", "layer", "light"] = "auto"
+    """`layer`: the model's own kind of layer at reduced width. `light`: a norm and a low-rank MLP. `auto`: the first of
+    them that fits the model."""
+    side_init: Literal["random", "prune"] = "random"
+    """`random`, or `prune`: the largest rows and columns of the model's own weights. Neither looks at data."""
+    side_cache: bool = False
+    """Store what the frozen model's layers give for each example (`private/activations`, 2 bytes a number, wiped at the
+    end), so that later steps do not run them."""
+    reversible_train: Literal["lora", "bitfit", "full"] = "lora"
+    """What is trained inside the layers of a reversible network."""
+    reversible_streams: Literal["fixed", "float64", "float32", "stored"] = "fixed"
+    """How activations come back. `fixed`: from integers, exactly. `float64`, `float32`: nearly, with anchors, checked.
+    `stored`: from each layer's stored input, exactly, with the model's own function."""
     gradient: Literal["auto", "per_example", "ghost", "book_keeping", "layerwise"] = "auto"
     """How clipped sums are computed. `auto` is book_keeping: one backward pass. ghost: two, in less memory.
     per_example: one for each unit; slow, to check the others. These give the same numbers. layerwise clips every layer
@@ -252,6 +271,8 @@ class Config(Section):
             raise ValueError("method.train: head is for classification; use lora, bitfit or full")
         if self.output.export == "adapter" and self.method.train != "lora":
             raise ValueError("output.export: adapter needs method.train: lora; use merged")
+        if self.method.side_cache and self.method.train != "side":
+            raise ValueError("method.side_cache stores a frozen model's outputs: it needs method.train: side")
         if self.data.task == "generation" and self.model.pooling == "mean":
             raise ValueError("model.pooling: mean is for classification")
         return self

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sotto import checkpoint
+from sotto import activations, checkpoint
 from sotto import session as sessions
 from sotto.config import Config
 from sotto.errors import SottoError
@@ -44,6 +44,7 @@ def finish(session: Session) -> tuple[Guarantee | None, str | None]:
         write_model(trained, session.run.model, session.config.output.export, privacy, words)
     if words is not None:
         session.run.write("statement.txt", words)
+    activations.delete(session.run)
     # Last of all: its presence is what says that the run is finished.
     session.run.write("privacy.json", json.dumps(facts, indent=2) + "\n")
     if isinstance(session.budget, LedgerBudget):
@@ -80,6 +81,7 @@ def write_model(
     config = trained.config
     models_export.export(trained.model, trained.tokenizer, folder, mode, {"dp": privacy or {"private": False}})
     form = "adapter" if mode == "adapter" else ("pooled" if config.model.pooling == "mean" else "plain")
+    form = config.method.train if config.method.train in ("side", "reversible") else form
     name = config.model.name
     text = card.render(
         base=Path(name).name if Path(name).exists() else name,

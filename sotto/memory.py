@@ -48,19 +48,23 @@ class MemoryEstimate:
 def trainable_parameters(facts: ModelFacts, config: Config) -> int:
     """The number of trained parameters, from tensor shapes."""
     method, classes = config.method, len(config.data.labels or ())
+    kind = method.reversible_train if method.train == "reversible" else method.train
     head = (facts.hidden_size + 1) * classes
     not_adapted = ("embed", "wte", "pooler") if config.model.pooling == "mean" else ("embed", "wte")
     matrices = [
         t.shape for name, t in facts.tensors.items() if len(t.shape) == 2 and not any(w in name for w in not_adapted)
     ]
     blocks = [s for s in matrices if max(s) < facts.vocab_size]
-    if method.train == "head":
+    if kind == "head":
         return head
-    if method.train == "bitfit":
+    if kind == "bitfit":
         return head + sum(t.shape[0] for name, t in facts.tensors.items() if name.endswith("bias"))
-    if method.train == "lora":
+    if kind == "lora":
         share = 1.0 if method.lora_layers is None else len(method.lora_layers) / max(1, facts.num_layers)
         return head + round(share * sum(method.lora_rank * (a + b) for a, b in blocks))
+    if kind == "side":
+        width, layers = facts.hidden_size / method.side_reduction, facts.num_layers / method.side_every
+        return head + round(facts.hidden_size * width * (layers + 2) + layers * 12 * width**2)
     return facts.parameters + head
 
 
@@ -94,12 +98,21 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
 
 def activations(facts: ModelFacts, config: Config) -> int:
     """Bytes for one example of max_length tokens: what autograd saves in a block, and the logits."""
-    tokens, width, layers = config.data.max_length, facts.hidden_size, facts.num_layers
+    method, tokens, width, layers = config.method, config.data.max_length, facts.hidden_size, facts.num_layers
     size = 2 if config.model.dtype == "bfloat16" else 4
     saved = 30 * width  # inputs of the linear layers, norms, attention and the activation, with a feed-forward of 4x
-    kept = 9 * width if config.method.train == "full" and config.method.gradient != "ghost" else 0  # output gradients
-    share = {"full": 1.0, "lora": 0.8, "bitfit": 0.6, "head": 0.1}[config.method.train]
-    if config.method.train == "lora" and config.method.lora_layers is not None:
-        share *= max(0.1, len(config.method.lora_layers) / max(1, layers))
+    kind = method.reversible_train if method.train == "reversible" else method.train
+    kept = 9 * width if kind == "full" and method.gradient != "ghost" else 0  # output gradients
     logits = 3 * 4 * facts.vocab_size if config.data.task == "generation" else 0
+    if method.train == "side":
+        # One layer of the model at a time, the ladders' inputs, and a narrow network of which everything is saved.
+        each = width + 39 * width / method.side_reduction
+        return round(tokens * ((saved + layers / method.side_every * each) * size + logits))
+    if method.train == "reversible":
+        # Two streams and one layer's activations; a byte per number and layer, or the layer's input.
+        each = {"fixed": 1, "stored": size, "float64": 8 / 6, "float32": 4 / 3}[method.reversible_streams]
+        return round(tokens * (16 * width + saved * size + layers * width * each + layers * kept * size + logits))
+    share = {"full": 1.0, "lora": 0.8, "bitfit": 0.6, "head": 0.1}[method.train]
+    if method.train == "lora" and method.lora_layers is not None:
+        share *= max(0.1, len(method.lora_layers) / max(1, layers))
     return round(tokens * (layers * (saved * share + kept) * size + logits))

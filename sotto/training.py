@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sotto import checkpoint
+from sotto.activations import instead_of_layers
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler, microbatches
 from sotto.errors import SottoError
@@ -28,6 +29,7 @@ from sotto.gradients.engine import Engine
 from sotto.gradients.self_check import verify
 from sotto.losses import forward_losses, to_device
 from sotto.metrics import Metrics
+from sotto.models.activation_cache import ActivationCache
 from sotto.optim import Optimizer, learning_rate
 from sotto.privacy.plan import Plan
 from sotto.rundir import RunDir
@@ -72,6 +74,8 @@ class Session:
     progress: Callable[[int, dict[str, Any]], None] = lambda step, values: None
     stop_requested: bool = False
     notes: list[str] = field(default_factory=list)
+    activations: ActivationCache | None = None
+    """What a frozen model gave for each example, with `method.side_cache`."""
     held: ExitStack = field(default_factory=ExitStack)
     """The lock on the run folder, from before the first file is read until the run ends."""
 
@@ -139,7 +143,7 @@ def _clipped_sum(s: Session, units: np.ndarray) -> ClippedSum:
 def losses_of(s: Session, examples: np.ndarray) -> torch.Tensor:
     """(B,) losses of these examples, with their graph."""
     batch = to_device(s.data.examples.collate(examples, s.tokenizer.pad_token_id), s.device)
-    with autocast(s.config, s.device):
+    with autocast(s.config, s.device), instead_of_layers(s, examples):
         return forward_losses(s.model, batch, s.config.data.task)
 
 

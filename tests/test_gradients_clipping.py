@@ -43,6 +43,7 @@ def test_unclipped_has_no_sensitivity():
     st.sampled_from([torch.float32, torch.float64]),
 )
 @example([3.4027492327661392e38], 0.25, torch.float32)
+@example([0.5, 3.0, 100.0], 0.25, torch.float64)
 @pytest.mark.parametrize("make", [Flat, Automatic])
 def test_no_coefficient_exceeds_the_sensitivity(make: Any, norms: list[float], clip_norm: float, dtype: torch.dtype):
     clipping: Clipping = make(clip_norm)

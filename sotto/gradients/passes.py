@@ -108,7 +108,8 @@ def _probe(engine: Engine, losses: torch.Tensor, rows: Rows) -> set[str]:
             site.probed = 0
             if state.probing_first:  # an earlier probe may have ended in an error
                 site.reference, site.evidence = [], False
-        state.others_B = ~torch.isfinite(losses)  # such a row must not hide what the others show
+        bad_B = ~torch.isfinite(losses)
+        state.others_B = bad_B if bool(bad_B.any()) else None  # such a row must not hide what the others show
         with engine.during(Phase.PROBE):
             untapped = _gradients(losses, engine.parameters, weight_B, True)
         left |= {name for name, grad in zip(engine.parameters, untapped, strict=True) if grad is not None}

@@ -85,7 +85,7 @@ class ActivationCache:
         }
         try:
             if (folder / ABOUT).is_file() and json.loads((folder / ABOUT).read_text()) != about:
-                _wipe(folder)
+                wipe(folder)
             if not folder.exists():
                 folder.mkdir(mode=0o700)
                 folder.chmod(0o700)
@@ -164,7 +164,7 @@ class ActivationCache:
     def wipe(self) -> None:
         """Closes and deletes the cache. On most disks deleted blocks stay until they are reused: encrypt the disk."""
         self.close()
-        _wipe(self.folder)
+        wipe(self.folder)
 
     def _length(self, row: int) -> int:
         return int(self.starts[row + 1] - self.starts[row])
@@ -249,7 +249,7 @@ def _write_private(file: Path, text: str) -> None:
         stream.write(text)
 
 
-def _wipe(folder: Path) -> None:
+def wipe(folder: Path) -> None:
     """Deletes the files that a cache consists of, and no others."""
     for name in (ABOUT, ROWS, HIDDEN):
         (folder / name).unlink(missing_ok=True)

@@ -107,9 +107,15 @@ def write_merged(model: nn.Module, folder: Path, extra: dict[str, Any]) -> None:
         config.save_pretrained(folder)
     else:
         _skeleton(inner, config, state).save_pretrained(folder)
-    if note:
-        values = folders.read(folder / "config.json")
-        folders.write(folder / "config.json", {**values, "sotto": note})
+    values = _without_origin(folders.read(folder / "config.json"))
+    folders.write(folder / "config.json", {**values, "sotto": note} if note else values)
+
+
+def _without_origin(values: Any) -> Any:
+    """A configuration without the place that the model came from, which configurations inside it remember as well."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_origin(value) for key, value in values.items() if key != "_name_or_path"}
 
 
 def _skeleton(inner: nn.Module, config: Any, state: dict[str, torch.Tensor]) -> Any:

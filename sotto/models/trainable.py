@@ -1,4 +1,4 @@
-"""Chooses which weights are trained: all, adapters, biases, or the head alone."""
+"""Chooses which weights are trained: all, adapters, biases, the head alone, or those of a side network."""
 
 from __future__ import annotations
 
@@ -17,15 +17,27 @@ def prepare(model: nn.Module, method: MethodSection, seed: int = 0) -> nn.Module
 
     Args:
       model: as `load_model` gives it.
-      seed: draws adapters (`lora`); the other methods have no new weights.
+      seed: draws adapters and side networks; the other methods have no new weights.
 
     Returns:
-      the same model, or for `lora` the `PeftModel` around it. Trainable weights are float32.
+      the same model; for `lora` the `PeftModel` around it; for `side` and `reversible` a transformers model around it.
+      Trainable weights are float32.
 
     Raises:
-      SottoError: SOT320 to SOT325, there is nothing of that kind to train.
+      SottoError: SOT320 to SOT325, there is nothing of that kind to train; SOT340 to SOT345, the layers cannot be used
+        in that way.
     """
-    if method.train == "lora":
+    if method.train == "reversible":
+        from sotto.models.reversible import ReversibleOptions, make_reversible
+
+        inner = prepare(model, method.model_copy(update={"train": method.reversible_train}), seed)
+        return make_reversible(inner, ReversibleOptions(streams=method.reversible_streams))
+    if method.train == "side":
+        from sotto.models.side import SideOptions, add_side
+
+        options = SideOptions(method.side_reduction, method.side_every, method.side_block, method.side_init)
+        model = add_side(model, options, seed)
+    elif method.train == "lora":
         from sotto.models.lora import add_lora
 
         task = "classification" if support.is_classifier(model) else "generation"

@@ -49,6 +49,7 @@ class Plan:
       unamplified_epsilon: what holds if batches had been passes over the data in an order known to the attacker.
       not_private: why there is no guarantee, or None.
       layerwise: every layer of a unit's gradient is clipped on its own; the noise covers all of them together.
+      result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     unamplified_epsilon: float | None
     not_private: str | None
     layerwise: bool = False
+    result: str = ""
     memory: dict[str, int] | None = None
 
     @property
@@ -169,4 +171,21 @@ def make_plan(config: Config) -> Plan:
         unamplified_epsilon=unamplified,
         not_private=config.not_private,
         layerwise=config.method.gradient == "layerwise",
+        result=_result(config),
     )
+
+
+def _result(config: Config) -> str:
+    method, export = config.method, config.output.export
+    if export == "none":
+        return "checkpoints only"
+    if export == "adapter":
+        return "a peft adapter, of use only with its base model"
+    if method.train == "side":
+        return "the frozen model and its side network, which cannot be merged into plain weights (sotto.load opens it)"
+    if method.train == "reversible":
+        return "coupled layers, which cannot be merged into the plain model (sotto.load opens it)"
+    merged = ", adapters merged into the weights" if method.train == "lora" else ""
+    if config.model.pooling == "mean":
+        return f"a folder that needs sotto.load, because it averages token vectors{merged}"
+    return f"a plain Hugging Face folder{merged}"

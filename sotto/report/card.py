@@ -32,6 +32,12 @@ model = sotto.load("path/to/this/folder")
 It is a plain Hugging Face folder: `transformers` loads it too.
 {% elif pooled %}
 `sotto.load` is needed: the classifier averages token vectors, which `transformers`' own class for this model does not.
+{% elif side %}
+A side network stands beside the frozen model and cannot be merged into it. `transformers`' Auto classes load it, too,
+once `sotto.models.side` is imported.
+{% elif reversible %}
+Its layers are coupled, which changes what they compute, so the weights do not fit the plain model. `transformers`' Auto
+classes load it, too, once `sotto.models.reversible` is imported.
 {% else %}
 It is a peft adapter for `{{ base }}`.
 {% endif %}"""
@@ -51,7 +57,7 @@ def render(
 
     Args:
       base: public name of the base model, never a path.
-      form: `plain` (any Hugging Face loader), `pooled` (needs sotto.load) or `adapter`.
+      form: `plain` (any Hugging Face loader), `pooled` (needs sotto.load), `side`, `reversible` or `adapter`.
       privacy: content of privacy.json, or None for a run without a guarantee.
       statement: its text, or None.
       reason: why there is none.
@@ -84,4 +90,6 @@ def render(
         reason=reason,
         plain=form == "plain",
         pooled=form == "pooled",
+        side=form == "side",
+        reversible=form == "reversible",
     )

@@ -22,6 +22,8 @@ def render(plan: Plan) -> str:
             lines += ["", f"NOT PRIVATE: {plan.not_private}. The numbers above are what the run would have earned."]
     if plan.memory:
         lines += ["", *_memory(plan.memory)]
+    if plan.result:
+        lines.append(f"result           {plan.result}")
     return "\n".join(lines)
 
 
