@@ -35,6 +35,7 @@ _WHERE = {
             "train",
             "resume",
             "evaluate",
+            "audit",
             "generate",
             "export",
             "ls",
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from sotto import privacy as privacy
     from sotto.commands import (
         Run as Run,
+    )
+    from sotto.commands import (
+        audit as audit,
     )
     from sotto.commands import (
         check as check,

@@ -177,6 +177,25 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration file, or a run folder.")],
+    set: Sets = None,
+    canaries: Annotated[int, typer.Option(min=8, help="For a configuration: how many.")] = 5000,
+    limit: Annotated[int, typer.Option(min=8, help="For a run: examples of each kind.")] = 2000,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """Attack your own training: what an attack proves, beside what is promised. Exits with 2 if it proves more."""
+    from sotto import commands
+
+    is_run = target.is_dir()
+    report = commands.audit(commands.find_run(target) if is_run else _load(target, set), canaries, limit, confidence)
+    _print_json(report.to_dict()) if as_json else print(report.render())
+    if report.bug:
+        sys.exit(2)
+
+
+@app.command()
 def generate(
     run: RunPath,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],

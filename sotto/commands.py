@@ -16,6 +16,7 @@ from sotto.config import Config
 from sotto.errors import SottoError, did_you_mean
 
 if TYPE_CHECKING:
+    from sotto.auditing.report import AuditReport
     from sotto.data import DataReport
     from sotto.privacy.plan import Plan
 
@@ -170,6 +171,30 @@ def evaluate(path: str | Path, data: str | None = None, batch_size: int = 64) ->
     from sotto.evaluation import evaluate_run
 
     return evaluate_run(Path(path), data, batch_size)
+
+
+def audit(
+    target: ConfigLike | str | Path, canaries: int = 5000, limit: int = 2000, confidence: float = 0.95
+) -> AuditReport:
+    """Attacks one's own training, and sets what the attack proves beside what was promised.
+
+    Args:
+      target: a configuration: a whole run's releases are attacked with canaries, without touching data or model. Or a
+        run folder: its model is attacked with the training data and `data.eval`; the numbers are private.
+      canaries: how many, for a configuration.
+      limit: examples of each kind, for a run.
+      confidence: of the lower bounds.
+
+    Returns:
+      The report; `report.bug` says that the attack refutes the promise.
+    """
+    if not isinstance(target, Config) and Path(target).is_dir():
+        from sotto.auditing.membership import audit_membership
+
+        return audit_membership(Path(target), limit, confidence)
+    from sotto.auditing.mechanism import audit_mechanism
+
+    return audit_mechanism(_config(target), canaries, confidence)
 
 
 def generate(

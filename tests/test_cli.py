@@ -19,7 +19,7 @@ from sotto import cli, commands
 from sotto.config import Config
 
 COMMANDS = ["init", "plan", "check", "train", "resume", "evaluate", "generate", "export", "ls", "show", "ledger"]
-COMMANDS += ["doctor"]
+COMMANDS += ["audit", "doctor"]
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:

@@ -1,0 +1,124 @@
+"""The white-box audit: does what a run releases at each step hide one unit as well as its plan says?
+
+Canaries are units whose gradient is known: canary j's clipped gradient is a vector of length clip_norm along coordinate
+j. A fair coin decides whether it takes part in the run. The run's own sampler, engine, clipping, noise and divisor then
+make one release after another, and the attacker, who sees all of them, adds up each canary's coordinate. That is the
+worst case that the accounting is about, so a sound implementation comes close to its epsilon and never passes it (Nasr
+et al. 2021, arXiv 2101.04535; 2023, arXiv 2302.07956).
+
+No private data and no model is touched, so an audit costs nothing and can be repeated. What it covers is the mechanism,
+not the data pipeline or the gradients of the real model; those are compared with plain autograd in every run.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sotto import session as sessions
+from sotto.auditing import bounds
+from sotto.auditing.bounds import LowerBound
+from sotto.auditing.report import CERTAINTY, AuditReport
+from sotto.config import Config
+from sotto.data.sampling import PoissonSampler
+from sotto.errors import SottoError
+from sotto.gradients.base import ClippedSum
+from sotto.gradients.engine import Engine, attach
+from sotto.privacy.plan import Plan, make_plan
+
+STEEPNESS = 100.0
+"""How many times longer than the clipping norm a canary's gradient is before it is clipped."""
+
+
+class Canaries(nn.Module):
+    """One number for each canary; its loss is that number, so its gradient is a unit vector."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.table = nn.Embedding(count, 1)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, canaries: torch.Tensor) -> torch.Tensor:
+        return self.table(canaries).squeeze(-1)
+
+
+def audit_mechanism(config: Config, canaries: int = 5000, confidence: float = 0.95) -> AuditReport:
+    """Attacks a whole run's releases.
+
+    Args:
+      config: its privacy, method and run sections count.
+      canaries: how many; more give tighter bounds.
+      confidence: that of each bound.
+
+    Raises:
+      SottoError: SOT703, the run is not private.
+    """
+    plan = make_plan(config)
+    if plan.epsilon is None or not plan.private:
+        raise SottoError(
+            "SOT703", what=f"the run is not private: {plan.not_private}", where="privacy",
+            why="an audit compares what an attack proves with what is promised, and nothing is promised",
+            fix="set privacy.epsilon, and take run.debug_noise_seed out",
+        )  # fmt: skip
+    member = np.random.default_rng(secrets.randbits(128)).random(canaries) < 0.5
+    scores = attack(config, plan, member)
+    return judge(plan, scores[member], scores[~member], confidence)
+
+
+def attack(config: Config, plan: Plan, member: np.ndarray) -> np.ndarray:
+    """(canaries,) scores after all steps: the number of clipping norms that were released along each canary's
+    coordinate. Of a member they are as many as the steps that drew it, plus noise; of others noise alone.
+
+    Args:
+      member: (canaries,) bool, which of them take part.
+    """
+    model = Canaries(len(member))
+    engine = attach(model, algorithm=config.method.gradient, clipping=sessions._clipping(config))
+    mechanism = sessions._mechanism(config, plan, engine.clipping)
+    sampler = PoissonSampler(len(member), plan.sampling_prob, secrets.token_bytes(16))
+    scores = np.zeros(len(member))
+    for step in range(plan.steps):
+        drawn = sampler.draw(step)
+        total = _sum_of(engine, model, drawn[member[drawn]], plan.clip_norm)
+        sensitivity = total.sensitivity
+        (released,) = mechanism.privatize(total, step).values()
+        scores += released.double().view(-1).numpy() * plan.expected_batch_size / sensitivity
+    return scores
+
+
+def _sum_of(engine: Engine, model: Any, drawn: np.ndarray, clip_norm: float) -> ClippedSum:
+    if len(drawn) == 0:
+        return engine.zeros()
+    losses = model(torch.from_numpy(drawn)) * (STEEPNESS * clip_norm)
+    return engine.backward(losses, torch.from_numpy(drawn))
+
+
+def judge(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> AuditReport:
+    """Bounds from the scores of `attack`."""
+    return AuditReport(
+        attack="mechanism",
+        claimed=plan.epsilon_after(plan.steps),
+        delta=plan.delta,
+        confidence=confidence,
+        bounds=_bounds(plan, inside, outside, confidence),
+        certain=max(bound.epsilon for bound in _bounds(plan, inside, outside, CERTAINTY)),
+        numbers={
+            "canaries": len(inside) + len(outside),
+            "steps": plan.steps,
+            "area_under_curve": bounds.area_under_curve(inside, outside),
+        },
+    )
+
+
+def _bounds(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> list[LowerBound]:
+    threshold = plan.steps * plan.sampling_prob / 2  # half of what a member's steps add on average
+    return [
+        bounds.sampled_gaussian(inside, outside, plan.steps, plan.sampling_prob, plan.delta, confidence),
+        bounds.gaussian(inside, outside, threshold, plan.delta, confidence),
+        bounds.clopper_pearson(inside, outside, plan.delta, confidence),
+        bounds.one_run(inside, outside, plan.delta, confidence),
+    ]

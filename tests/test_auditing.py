@@ -1,0 +1,272 @@
+"""Audits: bounds that hold as often as they say, a sound run that passes, and broken ones that do not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+
+import sotto
+from sotto import cli
+from sotto import session as sessions
+from sotto.auditing import bounds, mechanism
+from sotto.auditing.bounds import clopper_pearson, gaussian, one_run, one_run_epsilon, rate_above, rate_below
+from sotto.config import Config
+from sotto.errors import SottoError
+from sotto.gradients.clipping import Flat
+from sotto.privacy.mechanism import GaussianMechanism
+from sotto.privacy.noise import DebugNoise
+
+DELTA = 1e-5
+NORMAL = [0.5, 1.0, 2.0]
+
+
+# ---- bounds
+
+
+def test_figures_of_the_literature():
+    """One-run: what the code of Steinke et al. (2023, appendix) gives. Clopper-Pearson of no success: 1 - a^(1/n)."""
+    assert one_run_epsilon(1000, 100, 95, 1e-5) == pytest.approx(2.165176, abs=1e-5)
+    assert one_run_epsilon(1000, 100, 100, 1e-5) == pytest.approx(3.465376, abs=1e-5)
+    assert rate_above(0, 1000, 0.95) == pytest.approx(0.00299125, abs=1e-8)
+    assert rate_above(0, 1000, 0.95) == pytest.approx(1 - 0.05 ** (1 / 1000))
+    assert rate_below(1000, 1000, 0.95) == pytest.approx(0.05 ** (1 / 1000))
+    assert rate_above(7, 7, 0.95) == 1.0
+    assert rate_below(0, 7, 0.95) == 0.0
+
+
+def test_chance_proves_nothing():
+    assert one_run_epsilon(1000, 100, 50, DELTA) == 0.0
+    assert one_run_epsilon(1000, 100, 0, DELTA) == 0.0
+    same = np.random.default_rng(0).normal(size=(2, 4000))
+    assert clopper_pearson(same[0], same[1], DELTA).epsilon < 0.3
+    assert gaussian(same[0], same[1], 0.0, DELTA).epsilon < 0.3
+
+
+def test_more_right_guesses_prove_more():
+    found = [one_run_epsilon(1000, 200, correct, DELTA) for correct in range(100, 201, 10)]
+    assert found == sorted(found)
+    assert found[-1] > 3
+    assert one_run_epsilon(1000, 200, 180, DELTA) > one_run_epsilon(1000, 200, 180, 1e-3)
+
+
+@pytest.mark.parametrize(("guesses", "correct", "canaries"), [(5, 6, 10), (11, 5, 10), (5, -1, 10), (0, 0, 0)])
+def test_counts_that_do_not_fit_together(guesses: int, correct: int, canaries: int):
+    with pytest.raises(SottoError, match="SOT701"):
+        one_run_epsilon(canaries, guesses, correct, DELTA)
+
+
+def test_too_few_scores():
+    with pytest.raises(SottoError, match="SOT702"):
+        clopper_pearson(np.zeros(3), np.zeros(50), DELTA)
+
+
+def gaussian_epsilon(mu: float) -> float:
+    from sotto.privacy.bounds import gaussian_epsilon
+
+    return gaussian_epsilon(mu, DELTA)
+
+
+@pytest.mark.parametrize("mu", NORMAL)
+def test_bounds_fail_no_more_often_than_they_say(mu: float):
+    """80 attacks on a mechanism whose epsilon is known, at 90 % confidence; a right bound fails at most 22 times but
+    for one chance in a hundred thousand. The twin believes in twice the noise, and fails nearly always."""
+    generator, truth = np.random.default_rng(int(mu * 10)), gaussian_epsilon(mu)
+    wrong = {"gaussian": 0, "clopper_pearson": 0, "one_run": 0, "sampled_gaussian": 0}
+    twin = 0
+    for _ in range(80):
+        inside, outside = generator.normal(mu, 1, 400), generator.normal(0, 1, 400)
+        found = [
+            gaussian(inside, outside, mu / 2, DELTA, 0.9),
+            clopper_pearson(inside, outside, DELTA, 0.9),
+            one_run(inside, outside, DELTA, 0.9),
+            bounds.sampled_gaussian(inside / mu, outside / mu, 1, 1.0, DELTA, 0.9),
+        ]
+        for bound in found:
+            wrong[bound.method] += bound.epsilon > truth
+        twin += found[0].epsilon > gaussian_epsilon(mu / 2)
+    assert max(wrong.values()) <= 22, wrong
+    assert twin >= 60 or mu < 1
+
+
+def test_rates_of_attacks():
+    inside, outside = np.array([3.0, 2.0, 2.0]), np.array([2.0, 1.0, 0.0, -1.0])
+    assert bounds.area_under_curve(inside, outside) == pytest.approx((4 + 3.5 + 3.5) / 12)
+    assert bounds.true_positives_at(inside, outside, 0.0) == pytest.approx(1 / 3)
+    assert bounds.true_positives_at(inside, outside, 0.25) == 1.0
+
+
+def test_what_an_attack_can_reach():
+    assert bounds.true_positives_allowed(0.0, 0.0, 0.3) == 0.3
+    assert bounds.true_positives_allowed(1.0, 0.0, 0.1) == pytest.approx(0.1 * math.e)
+    assert bounds.true_positives_allowed(1.0, 0.0, 0.9) == pytest.approx(1 - 0.1 / math.e)
+    assert bounds.true_positives_allowed(1e6, 0.0, 0.01) == 1.0
+
+
+# ---- the mechanism
+
+
+def recipe(folder: Path, **method: Any) -> Config:
+    return tiny_runs.config(
+        folder,
+        method=method,
+        privacy={"num_units": 1000, "epsilon": 5.0, "delta": DELTA},
+        run={"expected_batch_size": 100, "steps": 80, "spare_steps": 0},
+    )
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Coins, batches and noise that are the same in each run of the tests."""
+    monkeypatch.setattr(mechanism.secrets, "randbits", lambda bits: 12)
+    monkeypatch.setattr(mechanism.secrets, "token_bytes", lambda size: bytes(range(size)))
+    monkeypatch.setattr(sessions, "SecureNoise", lambda: DebugNoise(3))
+    return monkeypatch
+
+
+METHODS: list[dict[str, Any]] = [
+    {},
+    {"clip_norm": 0.01},
+    {"clipping": "automatic"},
+    {"clipping": "adaptive"},
+    {"gradient": "ghost"},
+    {"gradient": "layerwise"},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values())) or "flat")
+def test_a_sound_run_comes_near_its_epsilon_and_not_past_it(tmp_path: Path, fixed: Any, method: dict[str, Any]):
+    report = mechanism.audit_mechanism(recipe(tmp_path, **method), canaries=3000)
+    assert not report.bug
+    assert 4.9 < report.claimed <= 5.0
+    found = {bound.method: bound.epsilon / report.claimed for bound in report.bounds}
+    assert 0.7 <= found["sampled_gaussian"] < 1
+    assert 0.5 <= found["gaussian"] < 1
+    assert 0.1 <= found["one_run"] < 1
+
+
+def halved(m: pytest.MonkeyPatch) -> None:
+    right = DebugNoise.normal
+    m.setattr(DebugNoise, "normal", lambda self, shape, std, **where: right(self, shape, std / 2, **where))
+
+
+def left_out_every_second_time(m: pytest.MonkeyPatch) -> None:
+    right = DebugNoise.normal
+
+    def normal(self: DebugNoise, shape: Any, std: float, *, step: int, **where: Any) -> torch.Tensor:
+        return right(self, shape, std * (step % 2), step=step, **where)
+
+    m.setattr(DebugNoise, "normal", normal)
+
+
+def not_clipped(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Flat, "coefficients", lambda self, norms: torch.full_like(norms, 4 / mechanism.STEEPNESS))
+
+
+def divided_twice(m: pytest.MonkeyPatch) -> None:
+    right = GaussianMechanism.privatize
+
+    def privatize(self: GaussianMechanism, total: Any, step: int) -> Any:
+        right_scale, self.noise_multiplier = self.noise_multiplier, self.noise_multiplier / self.divisor
+        try:
+            return right(self, total, step)
+        finally:
+            self.noise_multiplier = right_scale
+
+    m.setattr(GaussianMechanism, "privatize", privatize)
+
+
+def drawn_too_often(m: pytest.MonkeyPatch) -> None:
+    right = mechanism.PoissonSampler
+    m.setattr(mechanism, "PoissonSampler", lambda count, prob, key: right(count, min(1.0, 8 * prob), key))
+
+
+@pytest.mark.parametrize(
+    "fault", [halved, left_out_every_second_time, not_clipped, divided_twice, drawn_too_often], ids=lambda f: f.__name__
+)
+def test_a_broken_run_is_found_out(tmp_path: Path, fixed: pytest.MonkeyPatch, fault: Any):
+    fault(fixed)
+    many = 5000 if fault is left_out_every_second_time else 1000
+    report = mechanism.audit_mechanism(recipe(tmp_path), canaries=many)
+    assert report.bug
+    assert "BUG" in report.render()
+
+
+def test_nothing_to_audit(tmp_path: Path):
+    for section in ({"privacy": {"epsilon": "none"}}, {"run": {"debug_noise_seed": 1}}):
+        with pytest.raises(SottoError, match="SOT703"):
+            sotto.audit(tiny_runs.config(tmp_path, **section))
+
+
+# ---- a run
+
+
+def trained(folder: Path, kind: str, **changes: Any) -> Any:
+    write = tiny_runs.write_csv if kind == "classification" else tiny_runs.write_jsonl
+    held_out = write(folder / f"held_out_{kind}.txt".replace("txt", "csv" if kind == "classification" else "jsonl"),
+                     tiny_runs.rows(50, seed=9))  # fmt: skip
+    changes.setdefault("data", {})["eval"] = str(held_out)
+    return sotto.train(tiny_runs.config(folder, kind, **changes))
+
+
+@pytest.mark.parametrize("kind", ["classification", "completion", "plain_text"])
+def test_members_of_a_private_run_are_not_told_apart(tmp_path: Path, kind: str):
+    report = sotto.audit(trained(tmp_path, kind).path)
+    assert not report.bug
+    assert report.numbers["members"] == tiny_runs.UNITS
+    assert 0.3 < report.numbers["area_under_curve"] < 0.7
+    assert any("private data" in note for note in report.notes)
+
+
+def test_members_of_a_run_that_learnt_them_by_heart_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The negative twin: a run whose noise was left out, and which says epsilon 8 all the same."""
+    monkeypatch.setattr(
+        GaussianMechanism,
+        "privatize",
+        lambda self, total, step: {name: value / self.divisor for name, value in total.gradients.items()},
+    )
+    tiny_runs.write_jsonl(tmp_path / "letters.jsonl", tiny_runs.rows(12))
+    strong: dict[str, Any] = {"steps": 70, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 64}
+    done = trained(
+        tmp_path, "completion", run=strong, method={"clip_norm": 100.0}, privacy={"num_units": 12, "delta": 1e-2}
+    )
+    assert sotto.audit(done.path).numbers["area_under_curve"] > 0.8
+
+
+def test_a_run_without_held_out_data_or_without_a_promise(tmp_path: Path):
+    with pytest.raises(SottoError, match="SOT704"):
+        sotto.audit(sotto.train(tiny_runs.config(tmp_path)).path)
+    plain = trained(tmp_path, "classification", privacy={"epsilon": "none"})
+    with pytest.raises(SottoError, match="SOT703"):
+        sotto.audit(plain.path)
+
+
+# ---- the command
+
+
+def test_the_command_exits_with_2_when_a_promise_is_refuted(
+    tmp_path: Path, fixed: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    values = tiny_runs.write_yaml(
+        tmp_path,
+        privacy={"num_units": 1000, "epsilon": 5.0, "delta": DELTA},
+        run={"expected_batch_size": 100, "steps": 40, "spare_steps": 0},
+    )
+    for broken in (False, True):
+        if broken:
+            divided_twice(fixed)
+        fixed.setattr("sys.argv", ["sotto", "audit", str(values), "--canaries", "600", "--json"])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        report = json.loads(capsys.readouterr().out)
+        assert report["bug"] is broken
+        assert code == (2 if broken else 0)
