@@ -181,6 +181,9 @@ def audit(
     target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration file, or a run folder.")],
     set: Sets = None,
     canaries: Annotated[int, typer.Option(min=8, help="For a configuration: how many.")] = 5000,
+    plant: Annotated[
+        int | None, typer.Option(min=8, help="Train with half of so many canaries among the units.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=8, help="For a run: examples of each kind.")] = 2000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
     as_json: AsJson = False,
@@ -189,7 +192,8 @@ def audit(
     from sotto import commands
 
     is_run = target.is_dir()
-    report = commands.audit(commands.find_run(target) if is_run else _load(target, set), canaries, limit, confidence)
+    aim = commands.find_run(target) if is_run else _load(target, set)
+    report = commands.audit(aim, canaries, plant, limit, confidence)
     _print_json(report.to_dict()) if as_json else print(report.render())
     if report.bug:
         sys.exit(2)

@@ -174,7 +174,11 @@ def evaluate(path: str | Path, data: str | None = None, batch_size: int = 64) ->
 
 
 def audit(
-    target: ConfigLike | str | Path, canaries: int = 5000, limit: int = 2000, confidence: float = 0.95
+    target: ConfigLike | str | Path,
+    canaries: int = 5000,
+    plant: int | None = None,
+    limit: int = 2000,
+    confidence: float = 0.95,
 ) -> AuditReport:
     """Attacks one's own training, and sets what the attack proves beside what was promised.
 
@@ -182,6 +186,8 @@ def audit(
       target: a configuration: a whole run's releases are attacked with canaries, without touching data or model. Or a
         run folder: its model is attacked with the training data and `data.eval`; the numbers are private.
       canaries: how many, for a configuration.
+      plant: for a configuration: trains it instead, charged like any run, with half of so many canaries of random
+        tokens among the units, and attacks the result.
       limit: examples of each kind, for a run.
       confidence: of the lower bounds.
 
@@ -192,6 +198,10 @@ def audit(
         from sotto.auditing.membership import audit_membership
 
         return audit_membership(Path(target), limit, confidence)
+    if plant is not None:
+        from sotto.auditing.planting import audit_by_planting
+
+        return audit_by_planting(_config(target), plant, confidence)
     from sotto.auditing.mechanism import audit_mechanism
 
     return audit_mechanism(_config(target), canaries, confidence)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +110,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def start(config: Config, stem: str) -> Session:
-    """Begins a new run."""
+def start(config: Config, stem: str, change: Callable[[Loaded], Loaded] = lambda parts: parts) -> Session:
+    """Begins a new run.
+
+    Args:
+      change: what to make of model and data when they have been read, for audits.
+    """
     require_writable(config)
     _require_board(config)
     plan = make_plan(config)
-    parts = load_parts(config)
+    parts = change(load_parts(config))
     debug = config.run.debug_noise_seed
     key = secrets.token_bytes(16) if debug is None else hashlib.blake2b(str(debug).encode(), digest_size=16).digest()
     secret = {

@@ -15,7 +15,7 @@ import torch
 import sotto
 from sotto import cli
 from sotto import session as sessions
-from sotto.auditing import bounds, mechanism
+from sotto.auditing import bounds, mechanism, planting
 from sotto.auditing.bounds import clopper_pearson, gaussian, one_run, one_run_epsilon, rate_above, rate_below
 from sotto.config import Config
 from sotto.errors import SottoError
@@ -207,6 +207,14 @@ def test_nothing_to_audit(tmp_path: Path):
 # ---- a run
 
 
+def no_noise(m: pytest.MonkeyPatch) -> None:
+    m.setattr(
+        GaussianMechanism,
+        "privatize",
+        lambda self, total, step: {name: value / self.divisor for name, value in total.gradients.items()},
+    )
+
+
 def trained(folder: Path, kind: str, **changes: Any) -> Any:
     write = tiny_runs.write_csv if kind == "classification" else tiny_runs.write_jsonl
     held_out = write(folder / f"held_out_{kind}.txt".replace("txt", "csv" if kind == "classification" else "jsonl"),
@@ -226,11 +234,7 @@ def test_members_of_a_private_run_are_not_told_apart(tmp_path: Path, kind: str):
 
 def test_members_of_a_run_that_learnt_them_by_heart_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The negative twin: a run whose noise was left out, and which says epsilon 8 all the same."""
-    monkeypatch.setattr(
-        GaussianMechanism,
-        "privatize",
-        lambda self, total, step: {name: value / self.divisor for name, value in total.gradients.items()},
-    )
+    no_noise(monkeypatch)
     tiny_runs.write_jsonl(tmp_path / "letters.jsonl", tiny_runs.rows(12))
     strong: dict[str, Any] = {"steps": 70, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 64}
     done = trained(
@@ -245,6 +249,83 @@ def test_a_run_without_held_out_data_or_without_a_promise(tmp_path: Path):
     plain = trained(tmp_path, "classification", privacy={"epsilon": "none"})
     with pytest.raises(SottoError, match="SOT703"):
         sotto.audit(plain.path)
+
+
+# ---- planted canaries
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"gradient": "layerwise"},
+    {"train": "side", "side_reduction": 2},
+    {"train": "reversible"},
+]
+
+
+@pytest.mark.parametrize("method", WAYS, ids=lambda m: "-".join(map(str, m.values())) or "full")
+@pytest.mark.parametrize("kind", tiny_runs.KINDS)
+def test_planted_canaries_are_not_found_in_a_private_run(tmp_path: Path, kind: str, method: dict[str, Any]):
+    report = sotto.audit(tiny_runs.config(tmp_path, kind, method=method), plant=40)
+    assert not report.bug
+    assert report.numbers["planted"] + report.numbers["left_out"] == 40
+    assert 5 <= report.numbers["planted"] <= 35
+    (run,) = sotto.ls(tmp_path / "runs")
+    assert run["state"] == "finished"
+    assert "_audit_" in run["run"]
+
+
+def learnt_by_heart(folder: Path, kind: str, write: Any, file: str, m: pytest.MonkeyPatch, canaries: int) -> Any:
+    """An audit of a run without noise, on few units, that promises epsilon 0.3."""
+    no_noise(m)
+    write(folder / file, tiny_runs.rows(12))
+    run: dict[str, Any] = {"steps": 100, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 200}
+    privacy = {"epsilon": 0.3, "num_units": 12, "delta": 1e-2}
+    config = tiny_runs.config(folder, kind, run=run, method={"clip_norm": 10.0}, privacy=privacy)
+    return sotto.audit(config, plant=canaries)
+
+
+def test_they_are_found_in_a_classifier_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    report = learnt_by_heart(tmp_path, "classification", tiny_runs.write_csv, "notes.csv", monkeypatch, 120)
+    assert report.numbers["area_under_curve"] > 0.75
+    assert report.lower > report.claimed
+
+
+def test_they_are_completed_by_a_language_model_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    report = learnt_by_heart(tmp_path, "completion", tiny_runs.write_jsonl, "letters.jsonl", monkeypatch, 24)
+    assert report.numbers["planted_and_completed"] >= report.numbers["planted"] / 2 > 0
+    assert report.numbers["left_out_and_completed"] == 0
+
+
+def test_planting_leaves_the_dataset_as_it_is(tmp_path: Path):
+    """Every unit of the dataset has the examples that it had; canaries are units of one example after them."""
+    for kind in tiny_runs.KINDS:
+        config = tiny_runs.config(tmp_path, kind)
+        parts = sessions.load_parts(config)
+        data, generator = parts.data, np.random.default_rng(1)
+        canaries = planting.make(config, data, parts.tokenizer, 9, generator)
+        chosen = np.array([1, 4, 8])
+        whole = planting.among(data, canaries, chosen)
+        assert len(whole.units) == len(data.units) + 3
+        assert whole.fingerprint == data.fingerprint, "it is charged to the same ledger"
+        pad = parts.tokenizer.pad_token_id
+        for unit in range(len(whole.units)):
+            of, index = (data, unit) if unit < len(data.units) else (canaries, chosen[unit - len(data.units)])
+            examples, _ = whole.units.members_of(np.array([unit]))
+            expected, _ = of.units.members_of(np.array([index]))
+            first, second = whole.examples.collate(examples, pad), of.examples.collate(expected, pad)
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[name], second[name]) for name in first)
+        parts.engine.detach()
+
+
+def test_an_audit_that_is_stopped_cannot_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    right = planting.commands._run
+    monkeypatch.setattr(planting.commands, "_run", lambda s, p: (setattr(s, "stop_requested", True), right(s, p))[1])
+    with pytest.raises(SottoError, match="SOT705"):
+        sotto.audit(tiny_runs.config(tmp_path), plant=20)
+    (run,) = sotto.ls(tmp_path / "runs")
+    with pytest.raises(SottoError, match="SOT507"):
+        sotto.resume(run["run"])
 
 
 # ---- the command
