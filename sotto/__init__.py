@@ -41,6 +41,7 @@ _WHERE = {
             "ls",
             "show",
             "ledger",
+            "memory",
             "doctor",
         ),
         "sotto.commands",
@@ -81,6 +82,9 @@ if TYPE_CHECKING:
     )
     from sotto.commands import (
         ls as ls,
+    )
+    from sotto.commands import (
+        memory as memory,
     )
     from sotto.commands import (
         plan as plan,

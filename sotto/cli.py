@@ -108,6 +108,21 @@ def plan(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def memory(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
+    """Show what memory every method would need, and the largest microbatch that fits, before anything is read."""
+    from sotto import commands
+    from sotto.report import memory_text
+
+    def progress(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {of} methods", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    table = commands.memory(_load(config, set), progress)
+    progress(len(table.rows), len(table.rows))
+    _print_json(table.to_dict()) if as_json else print(memory_text.render(table))
+
+
+@app.command()
 def check(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
     """Examine the dataset: rows, units, duplicates. Prints counts and line numbers, never text."""
     from sotto import commands

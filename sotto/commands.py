@@ -18,6 +18,8 @@ from sotto.errors import SottoError, did_you_mean
 if TYPE_CHECKING:
     from sotto.auditing.report import AuditReport
     from sotto.data import DataReport
+    from sotto.memory_budget import MemoryTable
+    from sotto.models.source import ModelFacts
     from sotto.privacy.plan import Plan
 
 ConfigLike = Config | str | Path
@@ -59,19 +61,52 @@ def plan(config: ConfigLike) -> Plan:
     Raises:
       SottoError: a value is out of range, or the model's files are missing or unsafe.
     """
-    from sotto import memory
     from sotto.models import source
     from sotto.privacy.plan import make_plan
 
     config = _config(config)
+    made = make_plan(config)
     facts = source.inspect(source.resolve(config.model.name, config.model.revision))
-    estimate = memory.estimate(facts, config)
-    parts = {
-        **dataclasses.asdict(estimate),
-        "total": estimate.total,
-        "trainable": memory.trainable_parameters(facts, config),
-    }
-    return dataclasses.replace(make_plan(config), memory=parts)
+    return dataclasses.replace(made, memory=_memory(config, facts))
+
+
+def _memory(config: Config, facts: ModelFacts) -> dict[str, int]:
+    """Bytes by part: estimated at once, without torch; or, for a run with a memory budget, as it will be held to."""
+    if config.run.memory is None:
+        from sotto import memory_estimate
+
+        guess = memory_estimate.estimate(facts, config)
+        trained = memory_estimate.trainable_parameters(facts, config)
+        parts, total, size, budget = guess.parts, guess.total, guess.microbatch_size, guess.budget
+        room = budget
+    else:
+        from sotto import memory_budget
+        from sotto.session import choose_device
+
+        forecast, kept = memory_budget.choose(config, choose_device(config.run.device), facts)
+        parts, total, size, trained = forecast.parts, forecast.peak, forecast.microbatch_size, forecast.trainable
+        budget, room = kept.total, kept.room
+    return {**parts, "total": total, "trainable": trained, "microbatch_size": size, "budget": budget, "room": room}
+
+
+def memory(config: ConfigLike, progress: Callable[[int, int], None] = lambda done, of: None) -> MemoryTable:
+    """What every method would need, by part, and the largest microbatch that fits. Reads the model's config.json alone.
+
+    Args:
+      config: a Config, or the path of a YAML file.
+      progress: called with the number of methods that are done, and of all; each takes some seconds.
+
+    Returns:
+      The table: `rows`, the `pick` for the budget, and the budget, which is `run.memory` or what is free.
+
+    Raises:
+      SottoError: the model's config.json is missing or unsafe.
+    """
+    from sotto import memory_budget
+    from sotto.session import choose_device
+
+    config = _config(config)
+    return memory_budget.table(config, choose_device(config.run.device), progress)
 
 
 def train(config: ConfigLike, progress: Callable[[int, dict[str, Any]], None] | None = None) -> Run:

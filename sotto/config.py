@@ -12,29 +12,20 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sotto import config_file
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")
-    return value
-
-
-def _whole_number_as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Real, Field(gt=0)]
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
-Fraction = Annotated[Real, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+from sotto.config_types import (
+    Count,
+    Fraction,
+    Memory,
+    Positive,
+    Real,
+    Section,
+    bytes_of,
+    not_bool,
+    whole_number_as_text,
+)
 
 
 class ModelSection(Section):
@@ -69,7 +60,7 @@ class DataSection(Section):
     """Column of a second text, for pair classification."""
     label: str | None = None
     """Column of the class. Its presence makes the task classification."""
-    labels: tuple[Annotated[str, BeforeValidator(_whole_number_as_text)], ...] | None = None
+    labels: tuple[Annotated[str, BeforeValidator(whole_number_as_text)], ...] | None = None
     """The classes, in order. They are public: they come from you, not from the data."""
     prompt: str | None = None
     """Column of the prompt, for generation. No loss is taken on it."""
@@ -167,10 +158,27 @@ class MethodSection(Section):
     reversible_streams: Literal["fixed", "float64", "float32", "stored"] = "fixed"
     """How activations come back. `fixed`: from integers, exactly. `float64`, `float32`: nearly, with anchors, checked.
     `stored`: from each layer's stored input, exactly, with the model's own function."""
-    gradient: Literal["auto", "per_example", "ghost", "book_keeping", "layerwise"] = "auto"
+    gradient: Literal["auto", "per_example", "ghost", "book_keeping", "layerwise", "zeroth_order"] = "auto"
     """How clipped sums are computed. `auto` is book_keeping: one backward pass. ghost: two, in less memory.
     per_example: one for each unit; slow, to check the others. These give the same numbers. layerwise clips every layer
-    to clip_norm / sqrt(layers) within one pass: least time and memory, another sum under the same guarantee."""
+    to clip_norm / sqrt(layers) within one pass: least time and memory, another sum under the same guarantee.
+    zeroth_order needs no backward pass: it learns from losses along random directions, in the memory of inference."""
+    zeroth_preset: Literal["aggzo", "dpzero", "dpzo", "dpzopo"] = "aggzo"
+    """Zeroth order, as published as: `aggzo`, many directions clipped together; `dpzero` and `dpzo`, one direction;
+    `dpzopo`, one direction of few weights, in stages."""
+    zeroth_probes: Count | None = None
+    """Directions in a step, and numbers that it releases. They cost two forward passes each, and no privacy. Default:
+    16 for `aggzo`, else 1."""
+    zeroth_smoothing: Positive = 1e-3
+    """How far the weights are moved along a direction to see how the loss changes. Adapters can take 1e-2."""
+    zeroth_directions: Literal["preset", "rademacher", "gaussian", "sphere", "orthogonal"] = "preset"
+    """The law of the directions. They are public, and drawn from a generator that shares nothing with the noise."""
+    zeroth_rank: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 0
+    """Rank of the directions of matrices; 0 for all entries on their own."""
+    zeroth_noise: Literal["gaussian", "laplace"] = "gaussian"
+    """`laplace` gives pure epsilon-DP, with delta 0: for few steps and few directions."""
+    zeroth_sides: Count = 1
+    """How many perturbed models run in one forward pass: 1, or an even number, for that many times the activations."""
     clipping: Literal["flat", "automatic", "adaptive"] = "flat"
     """`flat`: scale down to clip_norm. `automatic`: normalise every unit to clip_norm (AUTO-S); nothing to tune.
     `adaptive`: flat, from clip_norm on, with a threshold that follows a quantile of the norms."""
@@ -184,6 +192,44 @@ class MethodSection(Section):
     dropout: bool = False
     """Keep the model's dropout. Off by default: noise already regularises."""
 
+    @property
+    def zeroth_order(self) -> bool:
+        return self.gradient == "zeroth_order"
+
+    @property
+    def probes(self) -> int:
+        """Directions in a step, and numbers that it releases; 0 where gradients are released."""
+        if not self.zeroth_order:
+            return 0
+        return self.zeroth_probes or (16 if self.zeroth_preset == "aggzo" else 1)
+
+    @property
+    def laplace(self) -> bool:
+        """Whether releases are covered by Laplace noise, and the guarantee holds at delta 0."""
+        return self.zeroth_order and self.zeroth_noise == "laplace"
+
+    @model_validator(mode="after")
+    def _zeroth_order_fits(self) -> MethodSection:
+        if not self.zeroth_order:
+            return self
+        if self.dropout:
+            raise ValueError("gradient: zeroth_order compares losses, which dropout would drown: set dropout: false")
+        if self.zeroth_sides % 2 and self.zeroth_sides != 1:
+            raise ValueError("zeroth_sides is 1 or an even number: both losses of a direction belong in one pass")
+        if self.side_cache:
+            raise ValueError("side_cache is not for gradient: zeroth_order, which computes frozen layers once anyway")
+        if self.zeroth_rank and self.zeroth_directions in ("sphere", "orthogonal"):
+            raise ValueError("zeroth_rank needs zeroth_directions: rademacher or gaussian")
+        if self.zeroth_preset == "dpzopo" and (self.train != "full" or self.zeroth_rank):
+            raise ValueError(
+                "zeroth_preset: dpzopo picks among the model's weights: it needs train: full, zeroth_rank: 0"
+            )
+        if self.zeroth_preset == "dpzero" and (self.zeroth_probes or 1) != 1:
+            raise ValueError("zeroth_preset: dpzero takes one direction: use aggzo for several")
+        if self.laplace and self.clipping == "adaptive":
+            raise ValueError("zeroth_noise: laplace covers fixed bounds only: use clipping: flat or automatic")
+        return self
+
 
 class RunSection(Section):
     """How long, how fast, how large."""
@@ -194,7 +240,7 @@ class RunSection(Section):
     """Number of optimizer steps; or give epochs."""
     epochs: Positive | None = None
     """Steps as passes over the units: steps = round(epochs * num_units / expected_batch_size)."""
-    spare_steps: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] | None = None
+    spare_steps: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] | None = None
     """Steps that are paid for in advance, so that a crash (whose lost steps are charged again) does not shorten the
     run. Default: 2 % of the steps, at least one."""
     learning_rate: Positive = 1e-3
@@ -213,8 +259,9 @@ class RunSection(Section):
     """Exponential moving average of the weights; 0 switches it off. It is post-processing and costs no privacy."""
     microbatch_size: Count | Literal["auto"] = "auto"
     """Examples per forward pass. Performance only; never changes epsilon."""
-    memory_gib: Positive | None = None
-    """The memory budget. Default: what the machine has free."""
+    memory: Memory | None = None
+    """The memory budget, such as `8GiB`: `microbatch_size: auto` stays below it, and a run that cannot is refused. It
+    is the whole process's on a CPU, and the tensors' on a GPU. Default: what is free, without refusing."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints. Default: chosen from the run's length and the checkpoint's size."""
     seed: int = 0
@@ -229,6 +276,11 @@ class RunSection(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         return self
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return None if self.memory is None else bytes_of(self.memory)
 
 
 class OutputSection(Section):
@@ -271,11 +323,23 @@ class Config(Section):
             raise ValueError("method.train: head is for classification; use lora, bitfit or full")
         if self.output.export == "adapter" and self.method.train != "lora":
             raise ValueError("output.export: adapter needs method.train: lora; use merged")
+        if self.method.zeroth_order:
+            self._zeroth_order_agrees()
         if self.method.side_cache and self.method.train != "side":
             raise ValueError("method.side_cache stores a frozen model's outputs: it needs method.train: side")
         if self.data.task == "generation" and self.model.pooling == "mean":
             raise ValueError("model.pooling: mean is for classification")
         return self
+
+    def _zeroth_order_agrees(self) -> None:
+        relation, method = self.privacy.neighboring_relation, self.method
+        if method.zeroth_preset == "dpzero" and relation != "replace_one":
+            raise ValueError(
+                "method.zeroth_preset: dpzero was published for privacy.neighboring_relation: replace_one. Set it, or "
+                "take dpzo, which is the same step under add_or_remove_one"
+            )
+        if method.laplace and relation != "add_or_remove_one":
+            raise ValueError("method.zeroth_noise: laplace needs privacy.neighboring_relation: add_or_remove_one")
 
     @property
     def steps(self) -> int:

@@ -128,6 +128,15 @@ def finished_again(run: RunDir) -> tuple[nn.Module, dict[str, Any], str | None]:
     return reopen(run, run.config()).model, facts, words
 
 
+def _replayed(run: RunDir, config: Config, model: nn.Module, latest: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
+    """The final weights from the log of what each step released: a few numbers a step, and the base model."""
+    key = run.read_json("plan.json")[sessions.DIRECTIONS]
+    engine = sessions.make_engine(model, config, torch.device("cpu"), key)
+    optimizer = sessions.make_optimizer(engine, config)
+    optimizer.restore(latest.weights, latest.optimizer)
+    return optimizer.final_weights()
+
+
 def reopen(run: RunDir, config: Config) -> Trained:
     """The trained model from the run's last checkpoint."""
     latest, _ = checkpoint.load_latest(run.checkpoints)
@@ -137,9 +146,13 @@ def reopen(run: RunDir, config: Config) -> Trained:
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     model = prepare(loaded.model, config.method, config.run.seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    averages = {n.removeprefix("ema/"): t for n, t in latest.optimizer.items() if n.startswith("ema/")}
-    with torch.no_grad():
-        for name, value in (averages or latest.weights).items():
-            parameters[name].copy_(value)
     plan = Plan.from_dict(run.read_json("plan.json"))
+    if config.method.zeroth_order:
+        final = _replayed(run, config, model.eval(), latest)
+    else:
+        averages = {n.removeprefix("ema/"): t for n, t in latest.optimizer.items() if n.startswith("ema/")}
+        final = averages or latest.weights
+    with torch.no_grad():
+        for name, value in final.items():
+            parameters[name].copy_(value)
     return Trained(model.eval(), loaded.tokenizer, config, plan, run.id)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sotto.config import RunSection
+from sotto.errors import SottoError
 
 
 def learning_rate(run: RunSection, step: int, steps: int) -> float:
@@ -66,7 +67,24 @@ class Optimizer:
                     tensors[f"{key}/{name}"] = torch.as_tensor(value)
         return tensors
 
-    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def stored_weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the weights."""
+        return dict(self.parameters)
+
+    def restore(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes weights and state from a checkpoint: what `stored_weights` and `state_tensors` gave.
+
+        Raises:
+          SottoError: SOT508, they are another model's.
+        """
+        if self.parameters.keys() != weights.keys():
+            raise SottoError(
+                "SOT508", what="the checkpoint belongs to another model", where="checkpoints",
+                why="its parameters are not those of this configuration", fix="restore config.yaml of the run",
+            )  # fmt: skip
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.parameters[name].copy_(value)
         for flat_name, value in tensors.items():
             key, _, name = flat_name.partition("/")
             parameter = self.parameters[name]

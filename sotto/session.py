@@ -19,23 +19,38 @@ from typing import Any
 
 import torch
 
-from sotto import checkpoint, memory
+from sotto import checkpoint, memory_budget
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler
 from sotto.data.load import ledger_id, load_dataset_for
 from sotto.errors import SottoError
 from sotto.gradients.clipping import CLIPPINGS, Adaptive, Clipping, Unclipped
 from sotto.gradients.engine import Engine, attach
+from sotto.losses import forward_losses
 from sotto.metrics import no_tensorboard
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
 from sotto.privacy.ledger import Ledger
-from sotto.privacy.mechanism import AdaptiveGaussianMechanism, GaussianMechanism, IdentityMechanism
-from sotto.privacy.noise import DebugNoise, SecureNoise
+from sotto.privacy.mechanism import (
+    AdaptiveGaussianMechanism,
+    GaussianMechanism,
+    IdentityMechanism,
+    LaplaceMechanism,
+)
+from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
 from sotto.rundir import RunDir, require_writable
-from sotto.training import Mechanism, Session, check_gradients
+from sotto.training import Mechanism, Session, autocast, check_gradients
+from sotto.zeroth_order import engine as zeroth_order
+from sotto.zeroth_order.directions import new_key
+from sotto.zeroth_order.engine import ZerothOrder
+from sotto.zeroth_order.perturb import Batch
+from sotto.zeroth_order.presets import PRESETS
+from sotto.zeroth_order.updates import Updates
+
+DIRECTIONS = "directions_key"
+"""In plan.json beside the plan: the key of a run's public directions."""
 
 
 @dataclass
@@ -68,37 +83,48 @@ class Loaded:
 
     model: torch.nn.Module
     tokenizer: Any
-    engine: Engine
+    engine: Engine | ZerothOrder
     data: LoadedData
-    estimate: memory.MemoryEstimate
+    microbatch_size: int
     device: torch.device
 
 
-def load_parts(config: Config) -> Loaded:
-    """Reads the model and the data, and attaches the engine."""
+def load_parts(config: Config, directions_key: str) -> Loaded:
+    """Reads the model and the data, and attaches the engine.
+
+    Args:
+      directions_key: with zeroth-order gradients, the public key of the run's directions.
+    """
     device = choose_device(config.run.device)
+    size = memory_budget.microbatch_size(config, device)  # first: what does not fit is refused before anything is read
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     data = load_dataset_for(config, loaded.tokenizer, "train")
-    model = prepare(loaded.model, config.method, config.run.seed).to(device).train()
-    engine = attach(model, algorithm=config.method.gradient, clipping=_clipping(config))
-    return Loaded(
-        model, loaded.tokenizer, engine, data, memory.estimate(loaded.facts, config, _budget(config, device)), device
-    )
+    model = prepare(loaded.model, config.method, config.run.seed).to(device)
+    engine = make_engine(model, config, device, directions_key)
+    return Loaded(model, loaded.tokenizer, engine, data, size, device)
 
 
-def _clipping(config: Config) -> Clipping:
+def make_engine(
+    model: torch.nn.Module, config: Config, device: torch.device, directions_key: str
+) -> Engine | ZerothOrder:
+    """What makes clipped sums of a prepared model."""
+    if config.method.gradient != "zeroth_order":
+        return attach(model.train(), algorithm=config.method.gradient, clipping=make_clipping(config))
+
+    def forward(batch: Batch) -> torch.Tensor:
+        with autocast(config, device):
+            return forward_losses(model, dict(batch), config.data.task)
+
+    return zeroth_order.build(model.eval(), config.method, forward, make_clipping(config), directions_key)
+
+
+def make_clipping(config: Config) -> Clipping:
     method, layerwise = config.method, config.method.gradient == "layerwise"
     if not config.privacy.private:
         return Unclipped(layerwise=layerwise)
     if method.clipping == "adaptive":
         return Adaptive(method.clip_norm, layerwise, method.clip_quantile)
     return CLIPPINGS[method.clipping](method.clip_norm, layerwise)
-
-
-def _budget(config: Config, device: torch.device) -> int | None:
-    if config.run.memory_gib is None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return None
 
 
 def choose_device(name: str) -> torch.device:
@@ -119,8 +145,9 @@ def start(config: Config, stem: str, change: Callable[[Loaded], Loaded] = lambda
     require_writable(config)
     _require_board(config)
     plan = make_plan(config)
-    parts = change(load_parts(config))
     debug = config.run.debug_noise_seed
+    directions_key = new_key() if debug is None else hashlib.blake2b(f"directions {debug}".encode()).hexdigest()[:32]
+    parts = change(load_parts(config, directions_key))
     key = secrets.token_bytes(16) if debug is None else hashlib.blake2b(str(debug).encode(), digest_size=16).digest()
     secret = {
         "sampling_key": key.hex(),
@@ -130,7 +157,8 @@ def start(config: Config, stem: str, change: Callable[[Loaded], Loaded] = lambda
     session = _assemble(config, plan, RunDir.planned(config, stem), parts, secret)
     check_gradients(session)
     report = json.dumps(parts.data.report.to_dict(), indent=2)
-    session.run.create(config, plan.to_dict(), {"secrets.json": json.dumps(secret), "data_report.json": report})
+    private_files = {"secrets.json": json.dumps(secret), "data_report.json": report}
+    session.run.create(config, plan.to_dict() | {DIRECTIONS: directions_key}, private_files)
     try:
         session.held.enter_context(session.run.locked())
         session.budget = _open_budget(session, secret)
@@ -181,7 +209,7 @@ def _resume(run: RunDir) -> Session:
     _require_board(config)
     _require_same_plan(config, plan, run)
     secret = run.read_json("private/secrets.json")
-    parts = load_parts(config)
+    parts = load_parts(config, run.read_json("plan.json").get(DIRECTIONS, ""))
     if _digest(parts.data) != secret["data"]:
         raise SottoError(
             "SOT507", what="the training data has changed since the run began", where=config.data.train,
@@ -216,6 +244,8 @@ def _require_same_plan(config: Config, plan: Plan, run: RunDir) -> None:
         "method.clip_norm": (method.clip_norm, plan.clip_norm),
         "method.clipping": (method.clipping, plan.clipping),
         "method.gradient: layerwise": (method.gradient == "layerwise", plan.layerwise),
+        "method.gradient: zeroth_order": (method.probes, plan.probes),
+        "method.zeroth_noise": ("laplace" if method.laplace else "gaussian", plan.noise),
     }
     for key, (now, then) in stated.items():
         if now != then:
@@ -237,7 +267,7 @@ def _digest(data: LoadedData) -> str:
 
 
 def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, str]) -> Session:
-    optimizer = Optimizer(parts.engine.parameters, config.run, plan.steps)
+    optimizer = make_optimizer(parts.engine, config)
     key, debug = bytes.fromhex(secret["sampling_key"]), config.run.debug_noise_seed is not None
     sampler = PoissonSampler(len(parts.data.units), plan.sampling_prob, key, debug)
     return Session(
@@ -249,43 +279,46 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
         engine=parts.engine,
         data=parts.data,
         sampler=sampler,
-        mechanism=_mechanism(config, plan, parts.engine.clipping),
+        mechanism=make_mechanism(config, plan, parts.engine.clipping),
         budget=NoBudget(),
         optimizer=optimizer,
         device=parts.device,
-        microbatch_size=parts.estimate.microbatch_size,
+        microbatch_size=parts.microbatch_size,
         checkpoint_every=config.run.checkpoint_every or _checkpoint_every(parts.engine, plan.steps),
     )
 
 
-def _mechanism(config: Config, plan: Plan, clipping: Clipping) -> Mechanism:
+def make_optimizer(engine: Engine | ZerothOrder, config: Config) -> Optimizer | Updates:
+    """What turns releases into weights."""
+    if isinstance(engine, Engine):
+        return Optimizer(engine.parameters, config.run, config.steps)
+    preset = PRESETS[config.method.zeroth_preset]
+    return Updates(engine.parameters, engine.directions, config.run, config.steps, preset)
+
+
+def make_mechanism(config: Config, plan: Plan, clipping: Clipping, noise: NoiseSource | None = None) -> Mechanism:
+    """What turns clipped sums into releases."""
     if not config.privacy.private:
         return IdentityMechanism(divisor=plan.expected_batch_size)
     seed = config.run.debug_noise_seed
-    noise = SecureNoise() if seed is None else DebugNoise(seed)
+    noise = noise or (SecureNoise() if seed is None else DebugNoise(seed))
     if isinstance(clipping, Adaptive):
         share = config.method.clip_share
         return AdaptiveGaussianMechanism(plan.noise_multiplier, plan.expected_batch_size, noise, clipping, share)
-    return GaussianMechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
+    mechanism = LaplaceMechanism if plan.pure else GaussianMechanism
+    return mechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
 
 
-def _checkpoint_every(engine: Engine, steps: int) -> int:
+def _checkpoint_every(engine: Engine | ZerothOrder, steps: int) -> int:
     """Small checkpoints often, large ones about ten times in a run: a crash charges what it lost a second time."""
+    if isinstance(engine, ZerothOrder):
+        return 1  # the log of what was released
     megabytes = sum(p.numel() for p in engine.parameters.values()) * 12 / 1e6
     return 1 if megabytes < 10 else max(1, steps // (50 if megabytes < 100 else 10))
 
 
 def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
-    parameters = session.engine.parameters
-    if parameters.keys() != latest.weights.keys():
-        raise SottoError(
-            "SOT508", what="the checkpoint belongs to another model", where=str(session.run.checkpoints),
-            why="its parameters are not those of this configuration", fix="restore config.yaml of the run",
-        )  # fmt: skip
-    with torch.no_grad():
-        for name, value in latest.weights.items():
-            parameters[name].copy_(value)
-    session.optimizer.load_state_tensors(latest.optimizer)
+    session.optimizer.restore(latest.weights, latest.optimizer)
     session.step = latest.step
     if isinstance(session.engine.clipping, Adaptive):
         session.engine.clipping.thresholds = latest.extra["clip_thresholds"]

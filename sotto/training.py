@@ -33,6 +33,8 @@ from sotto.models.activation_cache import ActivationCache
 from sotto.optim import Optimizer, learning_rate
 from sotto.privacy.plan import Plan
 from sotto.rundir import RunDir
+from sotto.zeroth_order.engine import ZerothOrder
+from sotto.zeroth_order.updates import Updates
 
 CHECKED_UNITS = 3
 CHECKED_EXAMPLES = 12
@@ -61,12 +63,12 @@ class Session:
     run: RunDir
     model: nn.Module
     tokenizer: Any
-    engine: Engine
+    engine: Engine | ZerothOrder
     data: LoadedData
     sampler: PoissonSampler
     mechanism: Mechanism
     budget: Budget
-    optimizer: Optimizer
+    optimizer: Optimizer | Updates
     device: torch.device
     microbatch_size: int
     checkpoint_every: int
@@ -91,15 +93,18 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
             break
         units = s.sampler.draw(step, attempt)  # Poisson; may be empty, and then still noises
         with dropout_stream(s, step):
-            total = clipped_sum(s, units)
+            total = clipped_sum(s, units, step)
         if s.engine.arrangement != s.engine.verified:  # some module has gone over to another rule
             check_gradients(s)
         private = private_numbers(s, total, units)
         update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
+        sensitivity = total.sensitivity
+        del total  # the optimizer and the next batch need the room
         s.optimizer.step(update, step)
         s.step = step + 1
-        public = public_numbers(s, step, total.sensitivity)
+        public = public_numbers(s, step, sensitivity)
         (public if plan.private else private)["update_norm"] = norm_of(update)  # public only after noise
+        del update
         metrics.log(s.step, public, private)
         s.progress(s.step, {**public, **private})
         if s.stop_requested or s.step % s.checkpoint_every == 0 or s.step == plan.steps:
@@ -109,7 +114,7 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
     return True
 
 
-def clipped_sum(session: Session, units: np.ndarray) -> ClippedSum:
+def clipped_sum(session: Session, units: np.ndarray, step: int) -> ClippedSum:
     """The sum over the drawn units of their clipped gradients, in microbatches that never split a unit.
 
     Out of memory halves the microbatch and starts the same logical batch again; nothing has been released by then.
@@ -117,7 +122,7 @@ def clipped_sum(session: Session, units: np.ndarray) -> ClippedSum:
     s = session
     while True:
         try:
-            return _clipped_sum(s, units)
+            return _clipped_sum(s, units, step)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -129,20 +134,27 @@ def clipped_sum(session: Session, units: np.ndarray) -> ClippedSum:
             torch.cuda.empty_cache()
 
 
-def _clipped_sum(s: Session, units: np.ndarray) -> ClippedSum:
+def _clipped_sum(s: Session, units: np.ndarray, step: int) -> ClippedSum:
     total = s.engine.zeros()
     if len(units) == 0:
         return total
     examples, unit_of = s.data.units.members_of(units)
     for rows in microbatches(examples, unit_of, s.data.examples.lengths, s.microbatch_size):
-        losses = losses_of(s, examples[rows])
-        total += s.engine.backward(losses, torch.from_numpy(unit_of[rows]).to(s.device))
+        units_B = torch.from_numpy(unit_of[rows]).to(s.device)
+        if isinstance(s.engine, ZerothOrder):
+            total += s.engine.clipped_sum(batch_of(s, examples[rows]), units_B, step)
+        else:
+            total += s.engine.backward(losses_of(s, examples[rows]), units_B)
     return total
+
+
+def batch_of(s: Session, examples: np.ndarray) -> dict[str, Any]:
+    return to_device(s.data.examples.collate(examples, s.tokenizer.pad_token_id), s.device)
 
 
 def losses_of(s: Session, examples: np.ndarray) -> torch.Tensor:
     """(B,) losses of these examples, with their graph."""
-    batch = to_device(s.data.examples.collate(examples, s.tokenizer.pad_token_id), s.device)
+    batch = batch_of(s, examples)
     with autocast(s.config, s.device), instead_of_layers(s, examples):
         return forward_losses(s.model, batch, s.config.data.task)
 
@@ -209,6 +221,9 @@ def check_gradients(session: Session) -> None:
 
 
 def _verify(s: Session, examples: np.ndarray, unit_of: np.ndarray) -> None:
+    if isinstance(s.engine, ZerothOrder):
+        s.engine.check(batch_of(s, examples))
+        return
     units = torch.from_numpy(unit_of).to(s.device)
     # Autocast is on inside `losses_of` only, so `verify` cannot see it for itself.
     tolerance = BFLOAT16_TOLERANCE if s.config.model.dtype == "bfloat16" else None
@@ -249,7 +264,7 @@ def save_checkpoint(session: Session) -> None:
     s = session
     state = checkpoint.Checkpoint(
         step=s.step,
-        weights=dict(s.engine.parameters),
+        weights=s.optimizer.stored_weights(),
         optimizer=s.optimizer.state_tensors(),
         extra={
             "microbatch_size": s.microbatch_size,

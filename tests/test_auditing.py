@@ -300,7 +300,7 @@ def test_planting_leaves_the_dataset_as_it_is(tmp_path: Path):
     """Every unit of the dataset has the examples that it had; canaries are units of one example after them."""
     for kind in tiny_runs.KINDS:
         config = tiny_runs.config(tmp_path, kind)
-        parts = sessions.load_parts(config)
+        parts = sessions.load_parts(config, "")
         data, generator = parts.data, np.random.default_rng(1)
         canaries = planting.make(config, data, parts.tokenizer, 9, generator)
         chosen = np.array([1, 4, 8])

@@ -18,7 +18,20 @@ import sotto
 from sotto import cli, commands
 from sotto.config import Config
 
-COMMANDS = ["init", "plan", "check", "train", "resume", "evaluate", "generate", "export", "ls", "show", "ledger"]
+COMMANDS = [
+    "init",
+    "plan",
+    "memory",
+    "check",
+    "train",
+    "resume",
+    "evaluate",
+    "generate",
+    "export",
+    "ls",
+    "show",
+    "ledger",
+]
 COMMANDS += ["audit", "doctor"]
 
 

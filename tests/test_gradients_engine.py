@@ -251,6 +251,36 @@ def test_bfloat16_autocast(family: str):
         check(model, losses, B, algorithm=fast, units=UNITS, tolerance=5e-2, slow=set())
 
 
+@pytest.mark.parametrize("first", ["compiled", "attached", "used"])
+def test_a_compiled_model(first: str):
+    """Attached before or after: it runs uncompiled as long as the engine counts along, and compiled again later."""
+    torch.compiler.reset()
+    model, compiles = build("bert"), list[Any]()
+    expected = oracle(model, losses_of(model, batch_of()), B, UNITS)
+    clip_norm = expected.clip_norm
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiles.append(graph)
+        return graph.forward
+
+    engine = None if first != "attached" else attach(model, clip_norm=clip_norm)
+    compiled: Any = torch.compile(model, backend=backend)
+    losses, everyone = losses_of(compiled, batch_of()), torch.arange(B)
+    if first == "used":
+        losses(everyone)
+        assert compiles
+        compiles.clear()
+    engine = engine or attach(compiled, clip_norm=clip_norm)
+    for _ in range(2):
+        total = engine.backward(losses(everyone), UNITS)
+    assert not compiles
+    engine.detach()
+    assert max(differences(total, expected)) < 1e-6
+    torch.compiler.reset()
+    losses(everyone)
+    assert compiles
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mamba"])
 def test_microbatches_add_up_to_the_batch(family: str, algorithm: str):
     model = build(family)

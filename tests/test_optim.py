@@ -32,13 +32,10 @@ def train(run: RunSection, steps: int, resume_at: int | None = None) -> tuple[di
     for step in range(steps):
         if step == resume_at:
             stored = {name: value.clone() for name, value in optimizer.state_tensors().items()}
-            weights = {name: value.detach().clone() for name, value in values.items()}
+            weights = {name: value.detach().clone() for name, value in optimizer.stored_weights().items()}
             values = parameters()
-            with torch.no_grad():
-                for name, value in weights.items():
-                    values[name].copy_(value)
             optimizer = Optimizer(values, run, 10)
-            optimizer.load_state_tensors(stored)
+            optimizer.restore(weights, stored)
         optimizer.step(updates(step), step)
     return {name: value.detach() for name, value in values.items()}, optimizer
 

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sotto.errors import SottoError
 from sotto.privacy import accounting, bounds
-from sotto.privacy.accounting import Gaussian, Laplace, PoissonGaussian
+from sotto.privacy.accounting import Gaussian, Laplace, PoissonGaussian, PoissonLaplace
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "accounting.json").read_text())
 TIGHT = 1e-3
@@ -205,7 +206,7 @@ def test_three_equal_runs_cost_less_than_three_epsilons():
     assert accounting.composed_epsilon([(event, steps)] * 3, delta) == pytest.approx(5.8, abs=0.1)
 
 
-@pytest.mark.parametrize("event", [PoissonGaussian(1.1, 0.01), Gaussian(2.0), Laplace(0.5)])
+@pytest.mark.parametrize("event", [PoissonGaussian(1.1, 0.01), Gaussian(2.0), Laplace(0.5), PoissonLaplace(4.0, 0.1)])
 def test_events_survive_json(event):
     assert accounting.event_from_dict(json.loads(json.dumps(event.to_dict()))) == event
 
@@ -230,10 +231,92 @@ def test_an_event_of_another_class_is_refused():
         accounting.composed_epsilon([("gaussian", 1)], 1e-5)  # type: ignore[list-item]
 
 
-def test_laplace_under_replacement_is_refused():
+@pytest.mark.parametrize("event", [Laplace(1.0), PoissonLaplace(1.0, 0.1)])
+def test_laplace_under_replacement_is_refused(event):
     with pytest.raises(SottoError) as caught:
-        accounting.composed_epsilon([(Laplace(1.0), 1)], 1e-5, "replace_one")
+        accounting.composed_epsilon([(event, 1)], 1e-5, "replace_one")
     assert caught.value.code == "SOT403"
+
+
+# ---- Laplace noise on a Poisson batch
+
+
+def outcomes(event: PoissonLaplace) -> tuple[np.ndarray, np.ndarray]:
+    """Probability with the unit and without it of one step's outcomes: both tails whole, and 2,000 parts of [0, 1]."""
+    b, q = event.noise_multiplier, event.sampling_prob
+
+    def below(x: np.ndarray, centre: float) -> np.ndarray:
+        return np.where(x < centre, 0.5 * np.exp((x - centre) / b), 1 - 0.5 * np.exp((centre - x) / b))
+
+    edges = np.concatenate([[-np.inf], np.linspace(0, 1, 2001), [np.inf]])
+    near, far = np.diff(below(edges, 0.0)), np.diff(below(edges, 1.0))
+    return (1 - q) * near + q * far, near
+
+
+def true_delta(event: PoissonLaplace, steps: int, epsilon: float) -> float:
+    """The hockey-stick divergence of all steps, by summing over all their outcomes: the worse of the two directions."""
+    with_unit, without = outcomes(event)
+    p, q = with_unit, without
+    for _ in range(steps - 1):
+        p, q = np.outer(p, with_unit).ravel(), np.outer(q, without).ravel()
+    return max(float(np.maximum(a - math.exp(epsilon) * b, 0).sum()) for a, b in ((p, q), (q, p)))
+
+
+def assert_epsilon_is_right(event: PoissonLaplace, steps: int, delta: float, epsilon: float) -> None:
+    assert true_delta(event, steps, epsilon) <= delta
+    assert true_delta(event, steps, epsilon * (1 - 3e-3)) > delta
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-4])
+@pytest.mark.parametrize(("scale", "q", "steps"), [(1.0, 0.1, 1), (0.4, 0.5, 1), (3.0, 0.9, 2), (0.7, 0.02, 2)])
+def test_sampled_laplace_against_its_own_outcomes(scale, q, steps, delta):
+    event = PoissonLaplace(scale, q)
+    value = accounting.composed_epsilon([(event, steps)], delta)
+    assert_epsilon_is_right(event, steps, delta, value)
+    for mutant in (0.99 * value, 1.01 * value):
+        with pytest.raises(AssertionError):
+            assert_epsilon_is_right(event, steps, delta, mutant)
+
+
+@pytest.mark.parametrize(("scale", "q"), [(1.0, 0.1), (0.4, 0.5), (3.0, 0.9), (5.0, 1.0), (0.2, 0.001)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_pure_epsilon_is_where_delta_becomes_zero(scale, q, steps):
+    event = PoissonLaplace(scale, q)
+    value = accounting.pure_epsilon([(event, steps)])
+    assert true_delta(event, steps, value) <= 1e-15
+    assert true_delta(event, steps, 0.999 * value) > 1e-12
+
+
+def test_pure_epsilon_adds_up_and_gaussian_noise_has_none():
+    parts = [(Laplace(4.0), 3), (PoissonLaplace(2.0, 0.25), 5)]
+    expected = 3 / 4 + 5 * math.log(1 + 0.25 * (math.exp(0.5) - 1))
+    assert accounting.pure_epsilon(parts) == pytest.approx(expected, rel=1e-9)
+    assert accounting.pure_epsilon([*parts, (Gaussian(1e9), 1)]) == math.inf
+    assert accounting.pure_epsilon([*parts, (Gaussian(1e9), 0)]) == accounting.pure_epsilon(parts)
+    assert accounting.pure_epsilon([]) == 0
+    assert accounting.pure_epsilon([(PoissonLaplace(0.0, 0.1), 1)]) == math.inf
+    assert accounting.composed_epsilon(parts, 1e-12) <= accounting.pure_epsilon(parts) * (1 + 1e-9)
+    assert accounting.composed_epsilon([(PoissonLaplace(0.0, 0.1), 1)], 1e-5) == math.inf
+
+
+def test_many_sampled_laplace_steps_cost_far_less_at_a_positive_delta():
+    event = PoissonLaplace(accounting.laplace_noise_multiplier(4.0, 0.016, 1000), 0.016)
+    assert event.noise_multiplier == pytest.approx(4.47, abs=0.01)
+    assert accounting.composed_epsilon([(event, 1000)], 1e-5) < 1.0
+
+
+@few
+@given(st.floats(0.05, 2000.0), st.floats(1e-4, 1.0), st.integers(1, 5000))
+def test_laplace_calibration_is_enough_and_tight(target, q, steps):
+    scale = accounting.laplace_noise_multiplier(target, q, steps)
+    assert accounting.pure_epsilon([(PoissonLaplace(scale, q), steps)]) <= target
+    if target / steps < 700:
+        assert accounting.pure_epsilon([(PoissonLaplace(scale * (1 - 1e-9), q), steps)]) > target
+
+
+def test_without_sampling_it_is_plain_laplace():
+    counted = [(PoissonLaplace(5.0, 1.0), 4)]
+    assert accounting.composed_epsilon(counted, 1e-5) == accounting.composed_epsilon([(Laplace(5.0), 4)], 1e-5)
 
 
 NAN, INF = math.nan, math.inf
@@ -253,6 +336,11 @@ NAN, INF = math.nan, math.inf
         *((lambda v=v: accounting.noise_multiplier(v, 0.1, 1, 1e-5), "epsilon") for v in (0.0, -1.0, NAN, INF)),
         (lambda: accounting.noise_multiplier(1.0, 0.1, 0, 1e-5), "steps"),
         (lambda: accounting.noise_multiplier(1.0, 0.1, 1, 1e-5, precision="rough"), "precision"),
+        (lambda: PoissonLaplace(-1.0, 0.1), "noise_multiplier"),
+        (lambda: PoissonLaplace(1.0, 0.0), "sampling_prob"),
+        (lambda: accounting.pure_epsilon([(Laplace(1.0), -1)]), "steps"),
+        (lambda: accounting.laplace_noise_multiplier(0.0, 0.1, 1), "epsilon"),
+        (lambda: accounting.laplace_noise_multiplier(1.0, 0.1, 0), "steps"),
         (lambda: accounting.epsilon_without_amplification(1.0, -1, 1e-5), "steps"),
         (lambda: accounting.gdp_mu(NAN, 1e-5), "epsilon"),
         (lambda: accounting.attack_tradeoff(1.0, 1.5), "fpr"),

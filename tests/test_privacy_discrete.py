@@ -139,6 +139,34 @@ def test_two_sided_geometric(scale: int, monkeypatch: pytest.MonkeyPatch) -> Non
         assert_law(found, laplace(scale + 1))
 
 
+def one_floored(walk: Walk, scale: int, patch: pytest.MonkeyPatch) -> int:
+    def below(n: int) -> int:
+        if n == scale:
+            walk.begin()
+        return walk.choose([1 / n] * n)
+
+    patch.setattr(discrete, "coin_exp", walk.coin)
+    return discrete.floored_laplace(scale, below)
+
+
+def floored(scale: int) -> Callable[[int], float]:
+    """The mass of the Laplace distribution in [x, x + 1), from its distribution function."""
+
+    def below(x: float) -> float:
+        return 0.5 * math.exp(x / scale) if x < 0 else 1 - 0.5 * math.exp(-x / scale)
+
+    return lambda x: below(x + 1) - below(x)
+
+
+@pytest.mark.parametrize("scale", [1, 3, 4, 13])
+def test_a_laplace_draw_rounded_down(scale: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = law(lambda walk: one_floored(walk, scale, monkeypatch))
+    assert_law(found, floored(scale))
+    for wrong in (floored(scale + 1), laplace(scale)):
+        with pytest.raises(AssertionError):
+            assert_law(found, wrong)
+
+
 def one_gaussian(walk: Walk, std: Fraction, patch: pytest.MonkeyPatch) -> int:
     def draw(scale: int, below: Below) -> int:
         walk.begin()

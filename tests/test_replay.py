@@ -151,9 +151,9 @@ def faults() -> dict[str, Any]:
     def skip_a_step_without_units(m: pytest.MonkeyPatch) -> None:
         right = training.clipped_sum
 
-        def clipped_sum(session: training.Session, units: np.ndarray) -> Any:
+        def clipped_sum(session: training.Session, units: np.ndarray, step: int) -> Any:
             session.stop_requested = session.stop_requested or len(units) == 0
-            return right(session, units)
+            return right(session, units, step)
 
         m.setattr(training, "clipped_sum", clipped_sum)
 

@@ -6,6 +6,9 @@ make one release after another, and the attacker, who sees all of them, adds up 
 worst case that the accounting is about, so a sound implementation comes close to its epsilon and never passes it (Nasr
 et al. 2021, arXiv 2101.04535; 2023, arXiv 2302.07956).
 
+With zeroth-order gradients canary j has the number clip_norm at place j, and a step releases as many numbers as there
+are canaries: the guarantee is the same for every number of them.
+
 No private data and no model is touched, so an audit costs nothing and can be repeated. What it covers is the mechanism,
 not the data pipeline or the gradients of the real model; those are compared with plain autograd in every run.
 """
@@ -27,8 +30,9 @@ from sotto.config import Config
 from sotto.data.sampling import PoissonSampler
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
-from sotto.gradients.engine import Engine, attach
+from sotto.gradients.engine import attach
 from sotto.privacy.plan import Plan, make_plan
+from sotto.zeroth_order.release import Release
 
 STEEPNESS = 100.0
 """How many times longer than the clipping norm a canary's gradient is before it is clipped."""
@@ -76,25 +80,46 @@ def attack(config: Config, plan: Plan, member: np.ndarray) -> np.ndarray:
     Args:
       member: (canaries,) bool, which of them take part.
     """
-    model = Canaries(len(member))
-    engine = attach(model, algorithm=config.method.gradient, clipping=sessions._clipping(config))
-    mechanism = sessions._mechanism(config, plan, engine.clipping)
+    source = _Numbers(config, len(member)) if config.method.zeroth_order else _Gradients(config, len(member))
+    mechanism = sessions.make_mechanism(config, plan, source.clipping)
     sampler = PoissonSampler(len(member), plan.sampling_prob, secrets.token_bytes(16))
     scores = np.zeros(len(member))
     for step in range(plan.steps):
         drawn = sampler.draw(step)
-        total = _sum_of(engine, model, drawn[member[drawn]], plan.clip_norm)
+        total = source.clipped_sum(drawn[member[drawn]])
         sensitivity = total.sensitivity
         (released,) = mechanism.privatize(total, step).values()
         scores += released.double().view(-1).numpy() * plan.expected_batch_size / sensitivity
     return scores
 
 
-def _sum_of(engine: Engine, model: Any, drawn: np.ndarray, clip_norm: float) -> ClippedSum:
-    if len(drawn) == 0:
-        return engine.zeros()
-    losses = model(torch.from_numpy(drawn)) * (STEEPNESS * clip_norm)
-    return engine.backward(losses, torch.from_numpy(drawn))
+class _Gradients:
+    """Canaries' clipped gradients, from the run's engine."""
+
+    def __init__(self, config: Config, canaries: int):
+        self.clipping, self.steepness = sessions.make_clipping(config), STEEPNESS * config.method.clip_norm
+        self.model: Any = Canaries(canaries)
+        assert config.method.gradient != "zeroth_order"
+        self.engine = attach(self.model, algorithm=config.method.gradient, clipping=self.clipping)
+
+    def clipped_sum(self, drawn: np.ndarray) -> ClippedSum:
+        if len(drawn) == 0:
+            return self.engine.zeros()
+        losses = self.model(torch.from_numpy(drawn)) * self.steepness
+        return self.engine.backward(losses, torch.from_numpy(drawn))
+
+
+class _Numbers:
+    """Canaries' clipped numbers, as if each had been seen along a direction of its own."""
+
+    def __init__(self, config: Config, canaries: int):
+        self.clipping, self.steepness = sessions.make_clipping(config), STEEPNESS * config.method.clip_norm
+        self.release = Release(self.clipping, canaries, 1 if config.method.laplace else 2)
+
+    def clipped_sum(self, drawn: np.ndarray) -> ClippedSum:
+        sketch_UK = torch.zeros(len(drawn), self.release.count, dtype=torch.float64)
+        sketch_UK[torch.arange(len(drawn)), torch.from_numpy(drawn)] = self.steepness
+        return self.release.clipped_sum(sketch_UK)
 
 
 def judge(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> AuditReport:
@@ -116,9 +141,12 @@ def judge(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float
 
 def _bounds(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> list[LowerBound]:
     threshold = plan.steps * plan.sampling_prob / 2  # half of what a member's steps add on average
-    return [
+    gaussian = [] if plan.pure else [
         bounds.sampled_gaussian(inside, outside, plan.steps, plan.sampling_prob, plan.delta, confidence),
         bounds.gaussian(inside, outside, threshold, plan.delta, confidence),
+    ]  # fmt: skip
+    return [
+        *gaussian,
         bounds.clopper_pearson(inside, outside, plan.delta, confidence),
         bounds.one_run(inside, outside, plan.delta, confidence),
     ]

@@ -17,17 +17,19 @@ class ClippedSum:
 
     Attributes:
       gradients: parameter name -> tensor of the parameter's shape, float32 or better. Every trainable parameter is
-        present; one that no example of the batch reached holds zeros.
+        present; one that no example of the batch reached holds zeros. (`zeroth_order` has one tensor, of shape (K,).)
       group_norms: (U, G) gradient norm of each unit before clipping, in the order of the unit's first row in the batch,
         for each group of parameters that is clipped on its own; G is 1 unless clipping is layer-wise. Private values:
         never export them. Where a norm is inf or nan the unit contributed zero.
-      sensitivity: an upper bound of how much `gradients`, read as one vector, can change in L2 norm when one unit is
-        added or removed. (When one is replaced: twice this.)
+      sensitivity: an upper bound of how much `gradients`, read as one vector, can change when one unit is added or
+        removed. (When one is replaced: twice this.)
+      order: the norm that `sensitivity` bounds: 2, or 1, which bounds the other one too.
     """
 
     gradients: dict[str, torch.Tensor]
     group_norms: torch.Tensor
     sensitivity: float
+    order: int = 2
 
     @property
     def norms(self) -> torch.Tensor:
@@ -36,7 +38,8 @@ class ClippedSum:
 
     def __iadd__(self, other: ClippedSum) -> ClippedSum:
         """Adds, in place, the sum over other units. The two must be disjoint: a unit in both would count twice."""
-        if self.sensitivity != other.sensitivity or self.gradients.keys() != other.gradients.keys():
+        alike = (self.sensitivity, self.order) == (other.sensitivity, other.order)
+        if not alike or self.gradients.keys() != other.gradients.keys():
             raise ValueError("these sums were not clipped by the same engine")
         for name, value in self.gradients.items():
             value += other.gradients[name]

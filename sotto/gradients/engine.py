@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
 from sotto.errors import SottoError, did_you_mean
@@ -82,9 +83,14 @@ class Engine:
         self.sites = sites.make(self)
         for site in self.sites.values():  # only now, so that a refusal leaves the model as it was
             sites.place(site)
+        # What is counted in each call cannot be compiled, so a compiled model runs as it is written while attached.
+        self._forward = self.model.__dict__.get("forward")
+        self.model.__dict__["forward"] = torch.compiler.disable(self.model.forward)
+        enter: Any = torch.compiler.disable(self._enter)
+        leave: Any = torch.compiler.disable(self._leave)
         self._hooks = [
-            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.model.register_forward_hook(self._leave, always_call=True),
+            self.model.register_forward_pre_hook(enter, with_kwargs=True),
+            self.model.register_forward_hook(leave, always_call=True),
         ]
         self._attached = True
 
@@ -259,6 +265,9 @@ class Engine:
         """Leaves the model as it was: same class, hooks, `state_dict` keys and `requires_grad`."""
         if not self._attached:
             return
+        del self.model.__dict__["forward"]
+        if self._forward is not None:
+            self.model.__dict__["forward"] = self._forward
         for site in self.sites.values():
             sites.restore(site)
         for hook in self._hooks:
@@ -276,7 +285,8 @@ def attach(
     """Prepares a model for per-unit clipped gradients.
 
     Args:
-      model: any module. It stays as it is; trainable parameters are those with `requires_grad`.
+      model: any module. It stays as it is; trainable parameters are those with `requires_grad`. One that
+        `torch.compile` made may be given, but is not compiled while it is attached.
       clip_norm: L2 bound of one unit's contribution; the sensitivity of every `ClippedSum`.
       algorithm: `per_example` (one backward pass per unit: the oracle), `ghost` (norms, then a second backward pass:
         least memory), `book_keeping` (one backward pass), or `auto`: all give the same numbers. `layerwise` clips each
@@ -302,7 +312,7 @@ def attach(
     if algorithm == "auto":
         # One pass, and norms of large layers are never instantiated: the better default on every model measured.
         algorithm = "layerwise" if layerwise else "book_keeping"
-    return Engine(model, resolved, algorithm)
+    return Engine(model._orig_mod if isinstance(model, OptimizedModule) else model, resolved, algorithm)
 
 
 def _clipping(clipping: str | Clipping, clip_norm: float, layerwise: bool) -> Clipping:

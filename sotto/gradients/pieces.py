@@ -53,9 +53,9 @@ def owned(names: Iterable[str], grads: tuple[torch.Tensor | None, ...]) -> dict[
         if grad is None:
             continue
         own = wide(grad)
-        if own is grad and (not grad.is_contiguous() or grad._is_view() or grad.data_ptr() in taken):
+        if own is grad and (not grad.is_contiguous() or grad._is_view() or grad.untyped_storage()._cdata in taken):
             own = grad.clone(memory_format=torch.contiguous_format)
-        taken.add(own.data_ptr())
+        taken.add(own.untyped_storage()._cdata)
         found[name] = own
     return found
 

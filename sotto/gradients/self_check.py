@@ -57,8 +57,8 @@ def _compare(total: ClippedSum, expected: ClippedSum, units_B: torch.Tensor, tol
     finite = torch.isfinite(expected.norms)
     alike = total.norms.shape == expected.norms.shape and torch.equal(torch.isfinite(total.norms), finite)
     differences = {"norms": _relative(total.norms[finite], expected.norms[finite]) if alike else math.inf}
+    scale = _largest(expected) / max(1, len(expected.gradients)) ** 0.5
     for name, value in expected.gradients.items():
-        scale = _largest(expected) / max(1, len(expected.gradients)) ** 0.5
         difference = (total.gradients[name] - value).norm() / torch.clamp(value.norm(), min=1e-3 * scale + 1e-30)
         differences[name] = float(difference) if bool(torch.isfinite(difference)) else math.inf  # max() passes over nan
     worst = max(differences, key=lambda key: differences[key])

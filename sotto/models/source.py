@@ -224,15 +224,18 @@ def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def inspect(path: Path) -> ModelFacts:
+def inspect(path: Path, *, weights: bool = True) -> ModelFacts:
     """Reads a model's facts from config.json and the safetensors headers. Takes milliseconds and no memory.
+
+    Args:
+      weights: False reads config.json alone; `tensors` is empty then, and `parameters` 0.
 
     Raises:
       SottoError: SOT301 to SOT308, the folder is not a model that Sotto may open.
     """
     path = Path(path)
     config = read_config(path)
-    tensors = _read_tensors(path)
+    tensors = _read_tensors(path) if weights else {}
     name, revision = public_name(path.resolve())
     inner = config.get("text_config")
     layers = [config, inner] if isinstance(inner, dict) else [config]

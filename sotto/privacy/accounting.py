@@ -3,8 +3,8 @@
 Every value errs on the safe side: `epsilon` is never below the truth (and at most 0.1 % above it, for delta down to
 about 1e-9), `noise_multiplier` never too small, `max_steps` never too large. The bounds and their numerics are in
 `bounds`. What is assumed: each unit takes part in each step independently with `sampling_prob` (Poisson sampling), the
-noise is Gaussian with standard deviation `noise_multiplier` times the L2 sensitivity to adding or removing one unit,
-and all releases, adaptive ones included, are listed.
+noise is Gaussian with standard deviation `noise_multiplier` times the L2 sensitivity to adding or removing one unit
+(Laplace: its scale over the L1 sensitivity), and all releases, adaptive ones included, are listed.
 
 Under `replace_one` the noise multiplier keeps this meaning (relative to the add-or-remove sensitivity); the accountant
 itself accounts for the doubled distance. For Poisson sampling it relies on the pair of distributions that dp_accounting
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sotto.errors import SottoError
 from sotto.privacy.bounds import (
@@ -34,6 +34,7 @@ from sotto.privacy.events import (
     Gaussian,
     Laplace,
     PoissonGaussian,
+    PoissonLaplace,
     check_count,
     check_number,
     check_relation,
@@ -45,14 +46,17 @@ __all__ = [
     "Gaussian",
     "Laplace",
     "PoissonGaussian",
+    "PoissonLaplace",
     "attack_tradeoff",
     "composed_epsilon",
     "epsilon",
     "epsilon_without_amplification",
     "event_from_dict",
     "gdp_mu",
+    "laplace_noise_multiplier",
     "max_steps",
     "noise_multiplier",
+    "pure_epsilon",
     "suggest_delta",
 ]
 
@@ -125,7 +129,7 @@ def composed_epsilon(
     check_number("delta", delta, above=0, below=1)
     relation = check_relation(neighboring_relation)
     for event, count in events:
-        if not isinstance(event, (PoissonGaussian, Gaussian, Laplace)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(event, get_args(Event)):
             event_from_dict({"kind": type(event).__name__})  # raises: what cannot be counted is refused
         check_count("steps", count)
     return upper_bound(normalise(tuple(events)), float(delta), relation, _tolerance(precision))
@@ -171,6 +175,40 @@ def noise_multiplier(
     if precision == "coarse":
         return coarse
     return _least(lambda sigma: spent(sigma, tolerance), target, coarse * (1 - 1e-3), safe, _SLACK["fine"])
+
+
+def pure_epsilon(events: Sequence[tuple[Event, int]]) -> float:
+    """Returns the epsilon at delta 0 of all `events` together under add_or_remove_one: the sum of their epsilons.
+
+    Infinite where Gaussian noise is among them. This is exact for the worst outcome, and simple composition allows
+    later events to be chosen after seeing earlier results.
+
+    Raises:
+      SottoError: SOT401, a count is not a whole number.
+    """
+    total = 0.0
+    for event, count in events:
+        if check_count("steps", count):
+            total += count * event.pure_epsilon if isinstance(event, Laplace | PoissonLaplace) else math.inf
+    return total * (1 + 1e-12)
+
+
+def laplace_noise_multiplier(epsilon: float, sampling_prob: float, steps: int) -> float:
+    """Returns the least scale (over the L1 sensitivity) with which `steps` Laplace steps are pure epsilon-DP.
+
+    The inverse of `pure_epsilon`: 1 / log(1 + (e^(epsilon / steps) - 1) / sampling_prob), rounded up.
+
+    Raises:
+      SottoError: SOT401, an argument is out of range.
+    """
+    check_number("epsilon", epsilon, above=0)
+    check_number("sampling_prob", sampling_prob, above=0, at_most=1)
+    each = epsilon / check_count("steps", steps, at_least=1)
+    # For each > 700 sampling is ignored: then one step may cost that much without it.
+    scale = 1 / math.log1p(math.expm1(each) / sampling_prob) if each < 700 else 1 / each
+    while pure_epsilon([(PoissonLaplace(scale, float(sampling_prob)), steps)]) > epsilon:
+        scale *= 1 + 1e-12
+    return scale
 
 
 def _least(spent: Callable[[float], float], target: float, guess: float, safe: float, slack: float) -> float:

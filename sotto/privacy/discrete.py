@@ -3,7 +3,7 @@
 A count is a whole number, so its noise can be one too. Then a release is an integer, its probability is exactly what
 the theory says, and there are no last bits of a float that could tell of the count (Mironov 2012; Haney et al. 2022,
 arXiv:2207.13793). All arithmetic is on integers and fractions; uniform integers come from the operating system
-(`secrets`). Two laws:
+(`secrets`). Three laws:
 
 * The rounded Gaussian: what a real-valued Gaussian gives when it is rounded to the nearest integer. Because counts are
   integers, adding it is the same as adding the Gaussian and rounding, so it is post-processing of the Gaussian
@@ -14,6 +14,8 @@ arXiv:2207.13793). All arithmetic is on integers and fractions; uniform integers
   (theorem 4), so concentrated-DP and Renyi accounting of the Gaussian hold for it. The Gaussian's privacy loss
   *distribution* does not bound it: the two (epsilon, delta) curves cross. And beside a noisy sum in one Poisson-sampled
   release it is no longer one Gaussian. Use it for counts that are released on their own.
+* The floored Laplace: the largest integer below a real-valued Laplace draw. Adding it to an integer is adding the
+  Laplace draw and rounding down, so it too is post-processing of its mechanism. Both halves are geometric.
 
 What they cost. Some tens of coins for a draw, whatever the deviation: right for counts, not for gradients.
 
@@ -172,9 +174,24 @@ def discrete_gaussian(std: Fraction, below: Below = secrets.randbelow) -> int:
 
 
 def discrete_laplace(scale: int, below: Below = secrets.randbelow) -> int:
-    """An integer x with probability proportional to exp(-|x| / scale): algorithm 2 for a whole scale.
+    """An integer x with probability proportional to exp(-|x| / scale): algorithm 2 for a whole scale."""
+    while True:
+        magnitude, negative = geometric(scale, below), below(2) == 1
+        if negative and magnitude == 0:  # zero has one sign only
+            continue
+        return -magnitude if negative else magnitude
 
-    The magnitude is a geometric draw: its remainder modulo `scale` and its quotient are independent.
+
+def floored_laplace(scale: int, below: Below = secrets.randbelow) -> int:
+    """The largest integer that is not above a draw of the Laplace distribution of this scale, a whole number."""
+    magnitude = geometric(scale, below)
+    return -magnitude - 1 if below(2) == 1 else magnitude
+
+
+def geometric(scale: int, below: Below = secrets.randbelow) -> int:
+    """An integer x >= 0 with probability proportional to exp(-x / scale): what an exponential draw is rounded down to.
+
+    Its remainder modulo `scale` and its quotient are independent.
     """
     while True:
         remainder = below(scale)
@@ -183,10 +200,7 @@ def discrete_laplace(scale: int, below: Below = secrets.randbelow) -> int:
         quotient = 0
         while coin_exp(Fraction(1), below):
             quotient += 1
-        magnitude, negative = remainder + scale * quotient, below(2) == 1
-        if negative and magnitude == 0:  # zero has one sign only
-            continue
-        return -magnitude if negative else magnitude
+        return remainder + scale * quotient
 
 
 def coin_exp(exponent: Fraction, below: Below = secrets.randbelow) -> bool:

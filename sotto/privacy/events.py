@@ -135,15 +135,56 @@ class Laplace(_Fact):
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier, at_least=0)
 
+    @property
+    def pure_epsilon(self) -> float:
+        """The epsilon at delta 0."""
+        return 1 / self.noise_multiplier if self.noise_multiplier else math.inf
+
     def to_dp_event(self) -> Any:
         return dp_accounting().LaplaceDpEvent(self.noise_multiplier)
 
 
-Event = PoissonGaussian | Gaussian | Laplace
-_KINDS: dict[str, type[PoissonGaussian] | type[Gaussian] | type[Laplace]] = {
+@dataclass(frozen=True)
+class PoissonLaplace(_Fact):
+    """Each unit takes part with `sampling_prob`, independently; Laplace noise on the sum. Only for add_or_remove_one.
+
+    Attributes:
+      noise_multiplier: scale of the Laplace distribution over the L1 sensitivity.
+      sampling_prob: in (0, 1].
+    """
+
+    kind: ClassVar[str] = "poisson_laplace"
+    noise_multiplier: float
+    sampling_prob: float
+
+    def __post_init__(self) -> None:
+        check_number("noise_multiplier", self.noise_multiplier, at_least=0)
+        check_number("sampling_prob", self.sampling_prob, above=0, at_most=1)
+
+    @property
+    def pure_epsilon(self) -> float:
+        """The epsilon at delta 0: log(1 + q (e^(1/b) - 1)).
+
+        A density with the unit is at most (1 - q) + q e^(1/b) times the one without it, and at least 1 over that: the
+        second by 1 - q + q e^(-x) >= 1 / (1 - q + q e^x), which is Jensen's inequality for 1/y.
+        """
+        x = 1 / self.noise_multiplier if self.noise_multiplier else math.inf
+        if x > 700:
+            return x  # sampling never hurts
+        return math.log1p(self.sampling_prob * math.expm1(x))
+
+    def to_dp_event(self) -> Any:
+        return dp_accounting().PoissonSampledDpEvent(
+            self.sampling_prob, dp_accounting().LaplaceDpEvent(self.noise_multiplier)
+        )
+
+
+Event = PoissonGaussian | Gaussian | Laplace | PoissonLaplace
+_KINDS: dict[str, type[PoissonGaussian] | type[Gaussian] | type[Laplace] | type[PoissonLaplace]] = {
     PoissonGaussian.kind: PoissonGaussian,
     Gaussian.kind: Gaussian,
     Laplace.kind: Laplace,
+    PoissonLaplace.kind: PoissonLaplace,
 }
 
 

@@ -1,13 +1,15 @@
-"""The one place where raw sums become releases: add Gaussian noise, divide by a public constant."""
+"""The one place where raw sums become releases: add noise, divide by a public constant."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from sotto.errors import SottoError
+from sotto.privacy.discrete import floored_laplace
 from sotto.privacy.events import check_number
 from sotto.privacy.noise import NoiseSource
 
@@ -89,6 +91,66 @@ class GaussianMechanism:
 
     def __repr__(self) -> str:
         return f"GaussianMechanism(noise_multiplier={self.noise_multiplier}, divisor={self.divisor}, {self.noise!r})"
+
+
+class LaplaceMechanism:
+    """Releases (sum + Laplace noise) / divisor, with noise of scale noise_multiplier * sensitivity on every number.
+
+    Guarantee. With `total.sensitivity` a bound on the L1 norm of the change of `total.gradients` when one unit is added
+    or removed, one call is the event `Laplace(noise_multiplier)`, and `PoissonLaplace` on a Poisson batch: pure
+    epsilon-DP (Dwork et al. 2006). In floating point no such promise would hold, because a sum leaves traces in the
+    last bits (Mironov 2012). So the sum has to consist of whole multiples of `grid(sensitivity)`, the noise is an exact
+    draw of the Laplace distribution rounded down to such a multiple, and they are added as integers: the release is a
+    function of what the real-valued mechanism would have released. What rounding to the grid does to the L1 norm of a
+    unit is up to whoever rounds: towards zero it can only fall.
+    """
+
+    def __init__(self, noise_multiplier: float, divisor: float, noise: NoiseSource):
+        """Sets up the mechanism.
+
+        Args:
+          noise_multiplier: scale of the noise over the L1 sensitivity; > 0.
+          divisor, noise: as for `GaussianMechanism`.
+
+        Raises:
+          SottoError: SOT401, a number is out of range.
+        """
+        self.noise_multiplier = check_number("noise_multiplier", noise_multiplier, above=0)
+        self.divisor = check_number("divisor", divisor, above=0)
+        self.noise = noise
+
+    @property
+    def private(self) -> bool:
+        return self.noise.private
+
+    def privatize(self, total: ClippedSum, step: int) -> dict[str, torch.Tensor]:
+        """Returns name -> noised mean, float32 or better. `total` is left as it is.
+
+        Raises:
+          SottoError: SOT430, `total` is empty or not finite, is not clipped in L1 norm, or is not on the grid: a bug in
+            what made it. Nothing is released.
+        """
+        _check(total)
+        unit = grid(total.sensitivity)
+        whole = {name: value.detach().double().cpu() / unit for name, value in total.gradients.items()}
+        if total.order != 1 or any(bool((x != x.trunc()).any() or (x.abs() >= 2**53).any()) for x in whole.values()):
+            raise _bug("the sum is not clipped in L1 norm to whole multiples of the grid")
+        scale = math.ceil(Fraction(self.noise_multiplier) * Fraction(total.sensitivity) / Fraction(unit))
+        released: dict[str, torch.Tensor] = {}
+        for name, value in total.gradients.items():
+            below = self.noise.below(step=step, name=name)
+            noised = [int(n) + floored_laplace(scale, below) for n in whole[name].flatten()]
+            mean = torch.tensor([n * unit / self.divisor for n in noised], dtype=torch.float64)
+            released[name] = mean.view(value.shape).to(value.device, _wide(value.dtype))
+        return released
+
+    def __repr__(self) -> str:
+        return f"LaplaceMechanism(noise_multiplier={self.noise_multiplier}, divisor={self.divisor}, {self.noise!r})"
+
+
+def grid(sensitivity: float) -> float:
+    """A power of two between 2^-33 and 2^-32 of the sensitivity: what Laplace releases are multiples of."""
+    return 2.0 ** (math.frexp(check_number("sensitivity", sensitivity, above=0))[1] - 33)
 
 
 class Quantile(Protocol):
@@ -175,12 +237,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _check(total: ClippedSum) -> None:
     bad = [name for name, value in total.gradients.items() if not bool(torch.isfinite(value).all())]
-    if total.gradients and not bad:
-        return
-    raise SottoError(
+    if not total.gradients:
+        raise _bug("the clipped sum is empty")
+    if bad:
+        raise _bug(f"the clipped sum of {', '.join(sorted(bad)[:3])} is not finite")
+
+
+def _bug(what: str) -> SottoError:
+    return SottoError(
         "SOT430",
-        what=f"the clipped sum of {', '.join(sorted(bad)[:3])} is not finite" if bad else "the clipped sum is empty",
+        what=what,
         where="gradient engine",
-        why="noise cannot hide an infinity or a nan, so nothing was released",
+        why="noise of this scale could not hide one unit's part in it, so nothing was released",
         fix="this is a bug in Sotto: please report it, with the model's configuration",
     )

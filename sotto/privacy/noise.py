@@ -19,6 +19,8 @@ import hashlib
 import importlib
 import math
 import os
+import random
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 
 from sotto.errors import SottoError
+from sotto.privacy.discrete import Below
 from sotto.privacy.events import check_count, check_number
 
 _randomgen: Any = importlib.import_module("randomgen")  # untyped
@@ -35,7 +38,7 @@ _Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class NoiseSource(Protocol):
-    """Draws Gaussian noise. `private` is False where someone else can recompute it."""
+    """Draws noise. `private` is False where someone else can recompute it."""
 
     private: ClassVar[bool]
 
@@ -50,6 +53,14 @@ class NoiseSource(Protocol):
 
         Returns:
           float64: the caller adds in float64 and rounds once, after the sum.
+        """
+        ...
+
+    def below(self, *, step: int, name: str) -> Below:
+        """Returns what draws uniform integers in [0, n), of any size, for exact noise (`discrete`).
+
+        Args:
+          step, name: which draws these are, as for `normal`.
         """
         ...
 
@@ -86,6 +97,10 @@ class SecureNoise:
             with ThreadPoolExecutor(min(self._threads, len(chunks))) as pool:
                 list(pool.map(functools.partial(_fill, std=std), chunks))
         return _tensor(out).reshape(tuple(shape)).to(device)
+
+    def below(self, *, step: int, name: str) -> Below:
+        """See `NoiseSource.below`: the operating system's generator."""
+        return secrets.randbelow
 
     def __repr__(self) -> str:
         return "SecureNoise()"
@@ -136,10 +151,16 @@ class DebugNoise:
     def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
         """See `NoiseSource.normal`."""
         check_number("std", std, at_least=0)
-        digest = hashlib.sha256(f"{self._seed}/{step}/{name}".encode()).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+        generator = np.random.Generator(np.random.PCG64(self._key(step, name)))
         draws = generator.standard_normal(math.prod(shape)) * std
         return _tensor(draws).reshape(tuple(shape)).to(device)
+
+    def below(self, *, step: int, name: str) -> Below:
+        """See `NoiseSource.below`."""
+        return random.Random(self._key(step, name)).randrange  # noqa: S311  # not private, and says so
+
+    def _key(self, step: int, name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._seed}/{step}/{name}".encode()).digest(), "little")
 
     def __repr__(self) -> str:
         return f"DebugNoise(seed={self._seed})  # NOT PRIVATE"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from sotto.config import Config
 from sotto.privacy import accounting
-from sotto.privacy.accounting import PoissonGaussian
+from sotto.privacy.accounting import PoissonGaussian, PoissonLaplace
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
 
@@ -49,6 +49,8 @@ class Plan:
       unamplified_epsilon: what holds if batches had been passes over the data in an order known to the attacker.
       not_private: why there is no guarantee, or None.
       layerwise: every layer of a unit's gradient is clipped on its own; the noise covers all of them together.
+      probes: how many numbers a step releases with zeroth-order gradients; 0 when it releases gradients.
+      noise: the law of the noise. Laplace: numbers are clipped in L1 norm, and epsilon holds at delta 0.
       result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
     """
@@ -71,6 +73,8 @@ class Plan:
     unamplified_epsilon: float | None
     not_private: str | None
     layerwise: bool = False
+    probes: int = 0
+    noise: Literal["gaussian", "laplace"] = "gaussian"
     result: str = ""
     memory: dict[str, int] | None = None
 
@@ -84,19 +88,25 @@ class Plan:
         return self.steps + self.spare_steps
 
     @property
-    def event(self) -> PoissonGaussian:
-        """What one step releases: a Poisson-sampled Gaussian."""
-        return PoissonGaussian(noise_multiplier=self.noise_multiplier, sampling_prob=self.sampling_prob)
+    def pure(self) -> bool:
+        """Whether the guarantee holds at delta 0."""
+        return self.noise == "laplace"
+
+    @property
+    def event(self) -> PoissonGaussian | PoissonLaplace:
+        """What one step releases: a noisy sum over a Poisson sample."""
+        kind = PoissonLaplace if self.pure else PoissonGaussian
+        return kind(noise_multiplier=self.noise_multiplier, sampling_prob=self.sampling_prob)
 
     def epsilon_after(self, steps: int) -> float:
-        """The epsilon of `steps` steps (PLD, an upper bound)."""
-        return accounting.epsilon(
-            noise_multiplier=self.noise_multiplier,
-            sampling_prob=self.sampling_prob,
-            steps=steps,
-            delta=self.delta,
-            neighboring_relation=self.neighboring_relation,
-        )
+        """The epsilon of `steps` steps, an upper bound: at delta (PLD), or at delta 0 where that is finite."""
+        if self.pure:
+            return accounting.pure_epsilon([(self.event, steps)])
+        return self.epsilon_at(steps, self.delta)
+
+    def epsilon_at(self, steps: int, delta: float, precision: Literal["fine", "coarse"] = "fine") -> float:
+        """The epsilon of `steps` steps at another delta (PLD, an upper bound)."""
+        return accounting.composed_epsilon([(self.event, steps)], delta, self.neighboring_relation, precision=precision)
 
     def frontier(self, epsilon: tuple[float, ...] | list[float] = EPSILONS) -> list[Alternative]:
         """The noise for other budgets, all else equal."""
@@ -110,14 +120,16 @@ class Plan:
         return self._alternative(self.epsilon or EPSILONS[-1], batch, max(1, round(self.steps / factor)))
 
     def _alternative(self, epsilon: float, batch: int, steps: int) -> Alternative:
-        noise = accounting.noise_multiplier(
-            epsilon=epsilon,
-            sampling_prob=batch / self.num_units,
-            steps=steps + max(1, math.ceil(self.spare_steps * steps / self.steps)),
-            delta=self.delta,
-            neighboring_relation=self.neighboring_relation,
-            precision="coarse",
+        steps_paid, sampling_prob = (
+            steps + max(1, math.ceil(self.spare_steps * steps / self.steps)),
+            batch / self.num_units,
         )
+        if self.pure:
+            noise = accounting.laplace_noise_multiplier(epsilon, sampling_prob, steps_paid)
+        else:
+            noise = accounting.noise_multiplier(
+                epsilon, sampling_prob, steps_paid, self.delta, self.neighboring_relation, precision="coarse"
+            )
         return Alternative(epsilon, batch, steps, noise)
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,7 +137,8 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
-        return cls(**values)
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in names})
 
 
 def make_plan(config: Config) -> Plan:
@@ -138,7 +151,13 @@ def make_plan(config: Config) -> Plan:
     sampling_prob = run.expected_batch_size / privacy.num_units
     relation = privacy.neighboring_relation
     noise, planned, rdp, unamplified = 0.0, None, None, None
-    if privacy.epsilon != "none":
+    if privacy.epsilon != "none" and config.method.laplace:
+        paid = config.steps + config.spare_steps
+        noise = accounting.laplace_noise_multiplier(privacy.epsilon, sampling_prob, paid)
+        planned = accounting.pure_epsilon([(PoissonLaplace(noise, sampling_prob), config.steps)])
+        passes = math.ceil(config.steps * sampling_prob)
+        unamplified = accounting.pure_epsilon([(PoissonLaplace(noise, 1.0), passes)])
+    elif privacy.epsilon != "none":
         noise = accounting.noise_multiplier(
             epsilon=privacy.epsilon,
             sampling_prob=sampling_prob,
@@ -171,6 +190,8 @@ def make_plan(config: Config) -> Plan:
         unamplified_epsilon=unamplified,
         not_private=config.not_private,
         layerwise=config.method.gradient == "layerwise",
+        probes=config.method.probes,
+        noise="laplace" if config.method.laplace else "gaussian",
         result=_result(config),
     )
 

@@ -39,9 +39,19 @@ class Guarantee:
     dataset_runs: int
 
     @property
+    def delta(self) -> float:
+        """The delta at which `epsilon` holds."""
+        return 0.0 if self.plan.pure else self.plan.delta
+
+    @property
+    def epsilon_at_delta(self) -> float:
+        """Epsilon at the plan's delta, which a pure guarantee has as well."""
+        return self.plan.epsilon_at(self.steps_charged, self.plan.delta) if self.plan.pure else self.epsilon
+
+    @property
     def mu(self) -> float:
         """The mu of the Gaussian mechanism with the same (epsilon, delta). For comparison; it is not itself a bound."""
-        return accounting.gdp_mu(self.epsilon, self.plan.delta)
+        return accounting.gdp_mu(self.epsilon_at_delta, self.plan.delta)
 
     def detection_rate(self, false_alarms: float) -> float:
         """An upper bound of the share of members that any attacker finds who accepts this share of false alarms.
@@ -50,16 +60,9 @@ class Guarantee:
         2010); the least over several delta is taken.
         """
         plan = self.plan
-        rates = [math.exp(min(self.epsilon, 700)) * false_alarms + plan.delta]
+        rates = [math.exp(min(self.epsilon, 700)) * false_alarms + self.delta]
         for delta in DELTAS if self.steps_charged else ():
-            epsilon = accounting.epsilon(
-                plan.noise_multiplier,
-                plan.sampling_prob,
-                self.steps_charged,
-                delta,
-                plan.neighboring_relation,
-                precision="coarse",
-            )
+            epsilon = plan.epsilon_at(self.steps_charged, delta, "coarse")
             rates.append(math.exp(min(epsilon, 700)) * false_alarms + delta)
         return min(1.0, *rates)
 
@@ -76,7 +79,8 @@ def earned(plan: Plan, steps_taken: int, steps_charged: int, dataset_epsilon: fl
             fix="train with a budget and without debug_noise_seed",
         )  # fmt: skip
     epsilon = plan.epsilon_after(steps_charged) if steps_charged else 0.0
-    return Guarantee(plan, steps_taken, steps_charged, epsilon, max(epsilon, dataset_epsilon), dataset_runs)
+    own = epsilon if not plan.pure else plan.epsilon_at(steps_charged, plan.delta)
+    return Guarantee(plan, steps_taken, steps_charged, epsilon, max(own, dataset_epsilon), dataset_runs)
 
 
 def who(plan: Plan) -> str:
@@ -105,12 +109,12 @@ def text(guarantee: Guarantee) -> str:
         *_paragraph(
             f"The released model was trained so that {who(plan)} has little influence on it: whatever anyone concludes "
             f"from the model, they would have concluded with at most {odds:.3g} times other odds had that unit not "
-            f"been in the training data, except with probability {plan.delta:g}.",
+            f"been in the training data{_except(g)}.",
             indent="",
         ),
         "",
         f"  epsilon               {epsilon}   (an upper bound, rounded up; budget {plan.epsilon:g})",
-        f"  delta                 {plan.delta:g}",
+        *_delta(g),
         f"  protected unit        {plan.unit}: {who(plan)}",
         f"  neighbouring datasets {relation} ({plan.neighboring_relation})",
         f"  against an attacker   who accepts 1 % false alarms: at most {found} % of members are found",
@@ -120,10 +124,9 @@ def text(guarantee: Guarantee) -> str:
         "HOW",
         *_paragraph(
             f"Each of {g.steps_taken:,} steps drew every unit independently with probability {plan.sampling_prob:.6g}, "
-            f"scaled {_clipping(plan)}, added Gaussian "
+            f"scaled {_clipping(plan)}, added {plan.noise.capitalize()} "
             f"noise of {plan.noise_multiplier:.6g} times that norm from a cryptographic generator, and divided by the "
-            f"constant {plan.expected_batch_size:,}. Epsilon was computed from privacy loss distributions "
-            f"(dp-accounting). Renyi accounting of the planned steps gives {_or_dash(plan.rdp_epsilon)}. Without "
+            f"constant {plan.expected_batch_size:,}. {_accounting(plan)} Without "
             "amplification by sampling, for passes in an order known to the attacker, epsilon would be "
             f"{_or_dash(plan.unamplified_epsilon)}."
         ),
@@ -134,7 +137,7 @@ def text(guarantee: Guarantee) -> str:
         "",
         "THIS DATASET",
         f"  Together with all runs that protect this unit on the same data ({g.dataset_runs} in the ledger) epsilon is "
-        f"{accounting.round_up(g.dataset_epsilon)}.",
+        f"{accounting.round_up(g.dataset_epsilon)}{f' at delta {plan.delta:g}' if plan.pure else ''}.",
         "",
         "WHAT IS RELEASED",
         "  The final weights, and every intermediate checkpoint, under the same guarantee.",
@@ -145,9 +148,35 @@ def text(guarantee: Guarantee) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _except(g: Guarantee) -> str:
+    return f", except with probability {g.delta:g}" if g.delta else ""
+
+
+def _delta(g: Guarantee) -> list[str]:
+    if g.delta:
+        return [f"  delta                 {g.delta:g}"]
+    also = accounting.round_up(g.epsilon_at_delta)
+    return ["  delta                 0   (pure)", f"  also                  epsilon {also} at delta {g.plan.delta:g}"]
+
+
+def _accounting(plan: Plan) -> str:
+    if plan.pure:
+        return "Epsilon is the exact sum over all steps, each amplified by sampling."
+    return (
+        "Epsilon was computed from privacy loss distributions (dp-accounting). Renyi accounting of the planned steps "
+        f"gives {_or_dash(plan.rdp_epsilon)}."
+    )
+
+
 def _clipping(plan: Plan) -> str:
     what = "each layer of its gradient, so that the whole had" if plan.layerwise else "its gradient to"
-    bound = f"a norm of at most {plan.clip_norm:g} ({plan.clipping} clipping)"
+    if plan.probes:
+        numbers = "the change of its loss along one public random direction to"
+        if plan.probes > 1:
+            numbers = f"the {plan.probes} changes of its loss along public random directions, as one vector, to"
+        what = numbers
+    norm = "an L1 norm" if plan.pure else "a norm"
+    bound = f"{norm} of at most {plan.clip_norm:g} ({plan.clipping} clipping)"
     if plan.clipping == "adaptive":
         bound = (
             f"a norm of at most a bound that began at {plan.clip_norm:g} and then followed noisy counts of the units "
@@ -170,14 +199,15 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
     return {
         "private": True,
         "epsilon": float(accounting.round_up(g.epsilon, 6)),
-        "delta": plan.delta,
+        "delta": g.delta,
         "unit": plan.unit,
         "max_examples_per_unit": plan.max_examples_per_unit,
         "num_units": plan.num_units,
         "neighboring_relation": plan.neighboring_relation,
-        "accountant": "PLD",
+        "accountant": "exact composition" if plan.pure else "PLD",
         "equivalent_gdp_mu": float(accounting.round_up(g.mu, 6)),
         "members_found_at_1_percent_false_alarms": float(accounting.round_up(g.detection_rate(0.01), 6)),
+        "noise": plan.noise,
         "noise_multiplier": plan.noise_multiplier,
         "sampling": "poisson",
         "sampling_prob": plan.sampling_prob,
@@ -186,6 +216,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "clip_norm": plan.clip_norm,
         "clipping": plan.clipping,
         "layerwise": plan.layerwise,
+        "numbers_released_per_step": plan.probes or None,
         "expected_batch_size": plan.expected_batch_size,
         "epsilon_without_amplification": plan.unamplified_epsilon,
         "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),

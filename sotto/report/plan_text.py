@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sotto.privacy.accounting import round_up
 from sotto.privacy.plan import Alternative, Plan
+from sotto.report.memory_text import PARTS
 
 GIB = 1024**3
 
@@ -33,16 +34,24 @@ def _who(plan: Plan) -> str:
 
 
 def _budget(plan: Plan) -> list[str]:
+    delta = "0 (pure)" if plan.pure else f"{plan.delta:g}"
     lines = [
-        f"budget           epsilon {plan.epsilon:g}, delta {plan.delta:g}",
-        f"noise_multiplier {plan.noise_multiplier:.6g}",
+        f"budget           epsilon {plan.epsilon:g}, delta {delta}",
+        f"noise_multiplier {plan.noise_multiplier:.6g}" + (", of Laplace noise" if plan.pure else ""),
         f"sampling_prob    {plan.sampling_prob:.6g}   (about {plan.expected_batch_size:,} units in a step)",
         f"steps            {plan.steps:,}   (+ {plan.spare_steps} paid for in advance, in case a crash loses some)",
-        f"epsilon          {round_up(plan.planned_epsilon or 0.0)} by PLD if nothing is lost"
-        + (f"; {round_up(plan.rdp_epsilon)} by RDP" if plan.rdp_epsilon else ""),
+        f"epsilon          {round_up(plan.planned_epsilon or 0.0)} by {'sums' if plan.pure else 'PLD'}"
+        + " if nothing is lost"
+        + (f"; {round_up(plan.rdp_epsilon)} by RDP" if plan.rdp_epsilon else "")
+        + (f"; {round_up(plan.epsilon_at(plan.steps, plan.delta))} at delta {plan.delta:g}" if plan.pure else ""),
         f"{'':<16} {round_up(plan.unamplified_epsilon or 0.0)} if batches were passes in an order that is known",
     ]
-    if plan.delta >= 1 / plan.num_units:
+    if plan.probes:
+        forwards = 2 * plan.probes * plan.steps * plan.expected_batch_size
+        lines.append(
+            f"probes           {plan.probes} directions in a step: about {forwards:,} forward passes of an example"
+        )
+    if plan.delta >= 1 / plan.num_units and not plan.pure:
         lines.append(
             f"WARNING          delta is not below 1/{plan.num_units:,}: publishing one unit's text would satisfy it"
         )
@@ -63,13 +72,13 @@ def _row(row: Alternative) -> str:
 
 
 def _memory(memory: dict[str, int]) -> list[str]:
-    parts = "  ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("weights", "gradients", "optimizer", "noise"))
-    size = memory["microbatch_size"]
+    parts = "  ".join(f"{name} {memory[part] / GIB:.2f}" for part, name in PARTS.items() if memory.get(part))
     lines = [
-        f"memory (GiB)     {memory['total'] / GIB:.2f} predicted of {memory['budget'] / GIB:.1f}: {parts}  "
-        f"activations {memory['per_example'] * size / GIB:.2f} ({size} examples at a time)",
+        f"memory (GiB)     {memory['total'] / GIB:.2f} at the peak, of {memory['budget'] / GIB:.1f} "
+        f"({memory['microbatch_size']} examples at a time)",
+        f"{'':<16} {parts}",
         f"trained          {memory['trainable']:,} parameters",
     ]
-    if memory["total"] > memory["budget"]:
-        lines.append("WARNING          that is more than there is: shorten data.max_length, or train: lora")
+    if memory["total"] > memory["room"]:
+        lines.append("WARNING          that is more than there is: 'sotto memory' shows what would fit")
     return lines

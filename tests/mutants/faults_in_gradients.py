@@ -65,7 +65,7 @@ def automatic_clipping_shrinks_by_gamma_alone(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_replay.py::test_a_neighbouring_dataset_shows_nowhere_in_public[classification-full-flat", 3)
 def the_clipping_norm_is_not_passed_on(m: pytest.MonkeyPatch) -> None:
     """The engine is built with a clipping norm of 1: consistent with itself, not with the plan."""
-    m.setattr(sessions, "_clipping", lambda config: Flat(1.0, config.method.gradient == "layerwise"))
+    m.setattr(sessions, "make_clipping", lambda config: Flat(1.0, config.method.gradient == "layerwise"))
 
 
 # ---- 4: norms of layers
@@ -222,8 +222,8 @@ def zero_times_infinity(m: pytest.MonkeyPatch) -> None:
 def a_step_with_a_broken_example_is_skipped(m: pytest.MonkeyPatch) -> None:
     """Whether the step was taken tells that the example was in the batch."""
 
-    def clipped_sum(right: Any, session: training.Session, units: np.ndarray) -> Any:
-        total = right(session, units)
+    def clipped_sum(right: Any, session: training.Session, units: np.ndarray, step: int) -> Any:
+        total = right(session, units, step)
         return total if bool(torch.isfinite(total.norms).all()) else session.engine.zeros()
 
     wrapped(m, training, "_clipped_sum", clipped_sum)
@@ -233,8 +233,8 @@ def a_step_with_a_broken_example_is_skipped(m: pytest.MonkeyPatch) -> None:
 def a_broken_example_stops_the_run(m: pytest.MonkeyPatch) -> None:
     """An exception tells that the example was in the batch."""
 
-    def clipped_sum(right: Any, session: training.Session, units: np.ndarray) -> Any:
-        total = right(session, units)
+    def clipped_sum(right: Any, session: training.Session, units: np.ndarray, step: int) -> Any:
+        total = right(session, units, step)
         if not bool(torch.isfinite(total.norms).all()):
             raise SottoError("SOT999", what="a loss is not finite", where="loop", why="nan", fix="clean the data")
         return total

@@ -110,7 +110,7 @@ def the_mechanism_has_less_noise_than_the_plan(m: pytest.MonkeyPatch) -> None:
     def mechanism(right: Any, config: Any, plan: Any, clipping: Any) -> Any:
         return right(config, dataclasses.replace(plan, noise_multiplier=0.9 * plan.noise_multiplier), clipping)
 
-    wrapped(m, sessions, "_mechanism", mechanism)
+    wrapped(m, sessions, "make_mechanism", mechanism)
 
 
 @caught_by("test_replay.py::test_a_neighbouring_dataset_shows_nowhere_in_public[classification-full-flat", 9)
@@ -118,8 +118,8 @@ def the_update_takes_the_sum_without_noise(m: pytest.MonkeyPatch) -> None:
     """What is released is computed, and the optimizer is given what was clipped."""
     last: dict[str, Any] = {}
 
-    def clipped_sum(right: Any, session: Any, units: Any) -> Any:
-        total = right(session, units)
+    def clipped_sum(right: Any, session: Any, units: Any, step: int) -> Any:
+        total = right(session, units, step)
         last.update(total.gradients)
         return total
 

@@ -53,7 +53,6 @@ CLASSES = {
 
 NOT_BUILT = {
     10: ("sotto/distributed.py", "a run has one process"),
-    15: ("sotto/gradients/zeroth_order.py", "no gradient is estimated from scalars"),
     25: ("sotto/federated", "there are no participants"),
     26: ("sotto/federated", "there are no participants"),
 }

@@ -1,8 +1,8 @@
-"""How much memory a run needs, from the model's shapes alone, and which microbatch fits.
+"""About how much memory a run needs, from the model's shapes by a formula: at once, and without torch.
 
-A prediction, not a measurement: weights, gradients, optimizer and noise are counted exactly, activations are estimated
-for a transformer block. Wrong predictions cost speed only: on out-of-memory the microbatch is halved
-within the same logical batch, and epsilon never depends on it.
+For `sotto plan` and for runs without a memory budget. Where `run.memory` sets one, `memory_budget` counts byte for
+byte instead. Here weights, gradients, optimizer and noise are exact and activations those of an ordinary transformer
+block. A wrong estimate costs speed alone: when memory runs out the microbatch is halved within the same logical batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import psutil
 from sotto.config import Config
 from sotto.models.source import ModelFacts
 
-GIB = 1024**3
 LARGEST_MICROBATCH = 64
 RESERVE = 0.8
 """Share of the memory budget that is planned with; the rest is left to the allocator and the libraries."""
@@ -41,8 +40,12 @@ class MemoryEstimate:
         return self.fixed + self.per_example * self.microbatch_size
 
     @property
-    def fits(self) -> bool:
-        return self.total <= self.budget
+    def parts(self) -> dict[str, int]:
+        """Bytes by the names that a forecast has too (`memory_trace.PARTS`)."""
+        return {
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer, "noise": self.noise,
+            "activations": self.per_example * self.microbatch_size,
+        }  # fmt: skip
 
 
 def trainable_parameters(facts: ModelFacts, config: Config) -> int:
@@ -72,11 +75,10 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
     """Predicts the peak of a training run and chooses the microbatch size.
 
     Args:
-      budget: bytes; by default run.memory_gib, else what the machine has free now.
+      budget: bytes; by default what the machine has free now.
     """
     if budget is None:
-        gib = config.run.memory_gib
-        budget = round(gib * GIB) if gib is not None else psutil.virtual_memory().available
+        budget = psutil.virtual_memory().available
     trained = trainable_parameters(facts, config)
     copies = (2 if config.run.optimizer == "adamw" else int(config.run.momentum > 0)) + int(config.run.ema_decay > 0)
     per_example = activations(facts, config)

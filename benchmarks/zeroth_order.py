@@ -1,0 +1,146 @@
+"""Zeroth-order probes against plain forward passes: peak memory above the weights, and time.
+
+    python benchmarks/zeroth_order.py [--shape opt-1.3b] [--batch 8] [--length 128] [--probes 1] [--probes 4]
+
+A causal model (or a RoBERTa-large-shaped classifier) with random weights, all of them trained. Each row has a process
+of its own. Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds, of
+the probes and of the whole step, against two plain forward passes of the same batch with the same loss for each
+direction. `top`: the last layer's weights alone are trained; the time to compare is that of the frozen layers once and
+of the last one twice for each direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine import HONEST_MALLOC, Meter
+
+SHAPES: dict[str, dict[str, int]] = {
+    "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32,
+                 "vocab_size": 50272, "word_embed_proj_dim": 2048},
+    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12,
+                 "vocab_size": 50272, "word_embed_proj_dim": 768},
+    "roberta-large": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096,
+                      "num_attention_heads": 16, "vocab_size": 50265, "max_position_embeddings": 514},
+}  # fmt: skip
+
+
+def build(shape: str) -> tuple[Any, str]:
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    if shape == "roberta-large":
+        return RobertaForSequenceClassification(RobertaConfig(**SHAPES[shape], num_labels=2)).eval(), "classification"
+    return OPTForCausalLM(OPTConfig(**SHAPES[shape])).eval(), "generation"
+
+
+def child(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from sotto.config import RunSection
+    from sotto.gradients.clipping import Flat
+    from sotto.losses import forward_losses
+    from sotto.zeroth_order.directions import Directions, Law
+    from sotto.zeroth_order.engine import ZerothOrder
+    from sotto.zeroth_order.probes import trainable
+    from sotto.zeroth_order.release import NAME
+    from sotto.zeroth_order.updates import Updates
+
+    torch.set_num_threads(args.threads)
+    model, task = build(args.shape)
+    model.to(args.device)
+    kind, _, count = args.child.partition(":")
+    last = f".{SHAPES[args.shape]['num_hidden_layers'] - 1}."
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not kind.startswith("top") or last in name)
+        parameter.sum()
+    ids = torch.randint(5, 1000, (args.batch, args.length), device=args.device)
+    labels = ids if task == "generation" else torch.zeros(args.batch, dtype=torch.long, device=args.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def forward(inputs: Any) -> torch.Tensor:
+        return forward_losses(model, dict(inputs), task)
+
+    def plain() -> None:
+        with torch.no_grad():
+            forward(batch)
+
+    update: Any = lambda: None  # noqa: E731
+    if kind == "plain":
+        run: Any = plain
+    else:
+        shapes = {name: p.shape for name, p in trainable(model).items()}
+        law = Law("orthogonal" if int(count) > 1 else "rademacher")
+        directions = Directions("00" * 16, shapes, int(count), law)
+        sides = args.sides if kind == "sides" else 1
+        engine = ZerothOrder(model, forward, directions, Flat(1.0), sides=sides)
+        asked = RunSection(expected_batch_size=args.batch, steps=1000, optimizer="sgd", learning_rate=1e-6)
+        updates = Updates(engine.parameters, directions, asked, 1000)
+        steps = iter(range(1 << 30))
+        run = lambda: engine.clipped_sum(batch, None, len(updates.log))  # noqa: E731
+        update = lambda: updates.step({NAME: torch.ones(int(count))}, next(steps))  # noqa: E731
+    meter = Meter(args.device)
+    found: dict[str, Any] = {"mebibytes": [], "probes": [], "step": []}
+    for _ in range(1 + args.steps):
+        first, second = meter.step(run), meter.step(update)
+        found["mebibytes"].append(max(first["mebibytes"], second["mebibytes"]))
+        found["probes"].append(first["cpu"])
+        found["step"].append(first["cpu"] + second["cpu"])
+    return found
+
+
+def measured(name: str, args: argparse.Namespace, memory: bool) -> dict[str, list[float]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+    done = subprocess.run(command, env=environment | (HONEST_MALLOC if memory else {}), text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="opt-125m")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--probes", type=int, action="append")
+    parser.add_argument("--sides", type=int, default=0, help="also that many sides in one pass")
+    parser.add_argument("--top", action="store_true", help="also with the last layer alone trained")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args)))
+        return
+    counts = args.probes or [1, 4]
+    rows = ["plain:0", *(f"probe:{k}" for k in counts)]
+    rows += [f"sides:{max(counts)}"] * bool(args.sides) + [f"top:{k}" for k in counts] * args.top
+    print(f"{args.shape}, B={args.batch}, T={args.length}, float32, {args.device}")
+    print("| row | directions | MiB above the weights | ratio | probes, of two passes a direction | step |")
+    print("|---|--:|--:|--:|--:|--:|")
+    base: dict[str, float] = {}
+    for name in rows:
+        peak = statistics.median(measured(name, args, True)["mebibytes"][1:])
+        timed = measured(name, args, False)
+        probes, step = statistics.median(timed["probes"][1:]), statistics.median(timed["step"][1:])
+        base = base or {"peak": peak, "seconds": probes}
+        kind, _, count = name.partition(":")
+        passes = (2 * int(count) or 1) * base["seconds"]
+        print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | {probes / passes:.2f} ({probes:.1f} s) "
+              f"| {step / passes:.2f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Directions: where the loss is probed. Public, and a function of (run key, step, k, tensor name, element) alone.
+
+`Directions` holds no direction. It makes any part of one when it is asked: a whole tensor, a slice of its flat
+elements, a few rows of a table. All parts agree to the last bit with the whole, on every device and under every
+sharding, because the words come from a counter (`counter`) and the entries are made of integers (`laws`).
+
+The laws, all with mean zero and E[u u^T] = I over the entries that are trained:
+
+* `rademacher`, `gaussian`: independent entries;
+* `sphere`: a Gaussian direction scaled to length sqrt(d), uniform on the sphere (Zhang et al. 2024, arXiv:2310.09639,
+  algorithm 2). Its length is added up in integers, so every shard scales by the same float;
+* `orthogonal`: the K directions of one step are orthogonal to one another: one random sign vector times K rows of a
+  Walsh-Hadamard matrix. Each alone is a `rademacher` direction. Exact where K, rounded up to a power of two, divides
+  the size of every tensor; each tensor that is not so adds at most that number to a product of two directions of
+  length sqrt(d) each.
+
+`rank` > 0 replaces the direction of every matrix by U V^T / sqrt(rank), U and V with independent entries (as LOZO, Chen
+et al. 2024, arXiv:2410.07698); the covariance of the matrix' entries is still the identity. A mask keeps the named
+entries and drops all others, as sparse zeroth-order methods do; it must not depend on private data.
+
+Shape legend: e flat elements of a tensor, n rows, m and c rows and columns of a matrix, r rank, K directions of a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sotto.errors import SottoError, did_you_mean
+from sotto.zeroth_order import counter, laws
+
+LAWS = ("rademacher", "gaussian", "sphere", "orthogonal")
+CHUNK = 1 << 18
+"""Entries made at a time: small enough for a processor's cache."""
+
+
+def new_key() -> str:
+    """A fresh run key, 128 bits in hexadecimal. It is public, and no noise is ever drawn from it."""
+    return secrets.token_hex(16)
+
+
+def bad_argument(name: str, value: object, why: str, fix: str) -> SottoError:
+    return SottoError("SOT650", what=f"{name} is {value!r}", where=name, why=why, fix=fix)
+
+
+@dataclass(frozen=True)
+class Law:
+    """How the directions of a run are drawn.
+
+    Attributes:
+      kind: one of `LAWS`.
+      rank: 0 for directions with independent entries, else the rank of the directions of matrices.
+    """
+
+    kind: str = "rademacher"
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAWS:
+            fix = f"use one of {', '.join(LAWS)}." + did_you_mean(str(self.kind), LAWS)
+            raise bad_argument("law", self.kind, "no such law of directions is known", fix)
+        if not _is_count(self.rank, 0):
+            raise bad_argument("rank", self.rank, "it is the rank of a matrix", "give a whole number >= 0")
+        if self.rank and self.kind in ("sphere", "orthogonal"):
+            why = "a product of two factors has neither a fixed length nor a fixed angle to another one"
+            raise bad_argument("rank", self.rank, why, "use rank 0, or law rademacher or gaussian")
+
+    @property
+    def entries(self) -> str:
+        """The law of the entries before they are scaled or combined: a key of `laws.ENTRIES`."""
+        return "gaussian" if self.kind in ("gaussian", "sphere") else "rademacher"
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+class Directions:
+    """The directions of a run, made on demand.
+
+    Attributes:
+      key: the run key, public.
+      shapes: tensor name -> shape, of everything that is perturbed.
+      count: K, the number of directions in a step.
+      masks: tensor name -> bool tensor of its shape, or absent where all entries are perturbed.
+      size: d, the number of entries that are perturbed.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        shapes: Mapping[str, torch.Size],
+        count: int,
+        law: Law | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
+    ):
+        """Sets up the directions; draws nothing.
+
+        Raises:
+          SottoError: SOT650, K is not a whole number of at least 1, nothing is to be perturbed, or a mask does not fit.
+        """
+        if not _is_count(count, 1):
+            raise bad_argument("probes", count, "a step learns from at least one direction", "give a whole number >= 1")
+        self.key, self.shapes, self.count, self.law = key, dict(shapes), count, law or Law()
+        self.masks = dict(masks or {})
+        self._check_masks()
+        self.size = sum(int(self.masks[n].sum()) if n in self.masks else math.prod(s) for n, s in shapes.items())
+        if self.size == 0:
+            raise bad_argument("shapes", {}, "there is nothing to perturb", "make some parameters trainable")
+        self._keys: dict[tuple[str, str], int] = {}
+        self._lengths: dict[tuple[int, int], float] = {}
+
+    def _check_masks(self) -> None:
+        for name, mask in self.masks.items():
+            if name not in self.shapes or mask.shape != self.shapes[name] or mask.dtype != torch.bool:
+                why = "a mask says for every entry of one tensor whether it is perturbed"
+                raise bad_argument(
+                    f"mask of {name}", tuple(mask.shape), why, "give a bool tensor of the tensor's shape"
+                )
+            if self.is_low_rank(name):
+                why = "a matrix of low rank with entries taken out has no low rank"
+                raise bad_argument(f"mask of {name}", tuple(mask.shape), why, "use rank 0 with a mask")
+
+    def is_low_rank(self, name: str) -> bool:
+        return self.law.rank > 0 and len(self.shapes[name]) == 2
+
+    # ---- parts of a direction
+
+    def slice(
+        self, name: str, step: int, k: int, start: int, stop: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Elements `start` to `stop` of the flat direction: (stop - start,) float32."""
+        if self.is_low_rank(name):
+            return self._low_rank_rows(name, step, k, start, stop, device)
+        part = self._entries(name, "entry", step, k, start, stop, device)
+        return self._finish(part, name, step, k, slice(start, stop))
+
+    def tensor(self, name: str, step: int, k: int, device: torch.device | None = None) -> torch.Tensor:
+        """The direction of a whole tensor, in its shape. Training never makes one of these for a large tensor."""
+        shape = self.shapes[name]
+        return self.slice(name, step, k, 0, math.prod(shape), device).view(shape)
+
+    def rows(self, name: str, step: int, k: int, rows_n: torch.Tensor) -> torch.Tensor:
+        """Some rows of the direction of a matrix: (n,) int64 -> (n, c). What an embedding needs of a large table."""
+        columns = self.shapes[name][1]
+        if self.is_low_rank(name):
+            u_mr, v_cr = self.factors(name, step, k, rows_n.device)
+            return _product(u_mr[rows_n], v_cr)
+        law, per_block = self.law.entries, counter.BLOCK * laws.ENTRIES[self.law.entries]
+        first_n = rows_n * columns
+        length = (columns + per_block - 2) // per_block + 1
+        block_nb = (first_n // per_block)[:, None] + torch.arange(length, device=rows_n.device)
+        index = 0 if self.law.kind == "orthogonal" else k
+        words = counter.blocks(self._key(name, "entry"), step, index, block_nb)
+        if self.law.kind == "orthogonal":
+            word_numbers = block_nb[..., None] * counter.BLOCK + torch.arange(counter.BLOCK, device=rows_n.device)
+            words = words ^ _walsh_on_device(k, word_numbers)
+        wide = laws.floats_on_device(law, words.flatten(1))
+        columns_nc = (first_n % per_block)[:, None] + torch.arange(columns, device=rows_n.device)
+        part = wide.gather(1, columns_nc)
+        return self._finish(part, name, step, k, rows_n)
+
+    def factors(
+        self, name: str, step: int, k: int, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m, r) U and (c, r) V of the direction U V^T / sqrt(r) of a matrix; U is already divided by sqrt(r)."""
+        (m, c), r = self.shapes[name], self.law.rank
+        u_mr = self._entries(name, "left", step, k, 0, m * r, device).view(m, r)
+        v_cr = self._entries(name, "right", step, k, 0, c * r, device).view(c, r)
+        return u_mr * (1 / math.sqrt(r)), v_cr
+
+    # ---- how they are made
+
+    def _key(self, name: str, role: str) -> int:
+        if (name, role) not in self._keys:
+            self._keys[name, role] = counter.stream_key(self.key, name, role)
+        return self._keys[name, role]
+
+    def _entries(
+        self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device | None
+    ) -> torch.Tensor:
+        """Independent entries of a stream, in pieces that fit a cache."""
+        device = device or torch.device("cpu")
+        if stop - start <= CHUNK:
+            return self._chunk(name, role, step, k, start, stop, device)
+        out = torch.empty(stop - start, device=device)
+        for begin in range(start, stop, CHUNK):
+            end = min(begin + CHUNK, stop)
+            out[begin - start : end - start] = self._chunk(name, role, step, k, begin, end, device)
+        return out
+
+    def _chunk(
+        self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device
+    ) -> torch.Tensor:
+        law, orthogonal = self.law.entries, self.law.kind == "orthogonal"
+        per_word = laws.ENTRIES[law]
+        first, last = start // per_word, -(-stop // per_word)
+        key, index = self._key(name, role), 0 if orthogonal else k
+        if device.type == "cpu":
+            words_w = counter.words(key, step, index, first, last)
+            if orthogonal:
+                words_w ^= _walsh(k, np.arange(first, last, dtype=np.int64))
+            entries = torch.from_numpy(laws.floats(law, words_w))  # pyright: ignore[reportUnknownMemberType]
+        else:
+            low = first // counter.BLOCK
+            block_n = torch.arange(low, -(-last // counter.BLOCK), device=device)
+            words = counter.blocks(key, step, index, block_n).flatten()[first - low * counter.BLOCK :][: last - first]
+            if orthogonal:
+                words = words ^ _walsh_on_device(k, torch.arange(first, last, device=device))
+            entries = laws.floats_on_device(law, words)
+        return entries[start - first * per_word :][: stop - start]
+
+    def _finish(self, part: torch.Tensor, name: str, step: int, k: int, where: Any) -> torch.Tensor:
+        """Applies the mask and the length of the sphere; `where` selects from the flat mask, or rows of the mask."""
+        mask = self.masks.get(name)
+        if mask is not None:
+            part *= (mask.flatten() if isinstance(where, slice) else mask)[where].to(part.device)
+        if self.law.kind == "sphere":
+            part *= self.stretch(step, k)
+        return part
+
+    def _low_rank_rows(
+        self, name: str, step: int, k: int, start: int, stop: int, device: torch.device | None
+    ) -> torch.Tensor:
+        columns = self.shapes[name][1]
+        u_mr, v_cr = self.factors(name, step, k, device)
+        first = start // columns
+        return _product(u_mr[first : -(-stop // columns)], v_cr).flatten()[start - first * columns :][: stop - start]
+
+    def stretch(self, step: int, k: int) -> float:
+        """What a Gaussian direction is multiplied with to have length sqrt(d). Exact up to one rounding."""
+        if (step, k) not in self._lengths:
+            if len(self._lengths) > 4 * self.count:
+                self._lengths.clear()
+            squares = sum(self._squares(name, step, k) for name in self.shapes)
+            self._lengths[step, k] = math.sqrt(self.size / (squares * laws.SCALE**2))
+        return self._lengths[step, k]
+
+    def _squares(self, name: str, step: int, k: int) -> int:
+        """Sum of squares of a tensor's entries in units of SCALE^2, in integers of any size."""
+        total, size, mask = 0, math.prod(self.shapes[name]), self.masks.get(name)
+        for start in range(0, size, CHUNK):
+            stop = min(start + CHUNK, size)
+            part = self._chunk(name, "entry", step, k, start, stop, torch.device("cpu"))
+            whole = (part if mask is None else part * mask.flatten()[start:stop]).double().mul_(1 / laws.SCALE).long()
+            # Squares are below 2^46 and a chunk has 2^18 of them, but their mean is 2^40: this cannot overflow.
+            total += int((whole * whole).sum())
+        return total
+
+    # ---- for the record
+
+    def spec(self) -> dict[str, Any]:
+        """All that is needed to make the same directions again, for JSON. Masks are named by their hash."""
+        return {
+            "key": self.key,
+            "law": self.law.kind,
+            "rank": self.law.rank,
+            "probes": self.count,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "masks": {name: _mask_hash(mask) for name, mask in self.masks.items()},
+        }
+
+
+def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:
+    """U V^T, added up in one order on every device."""
+    out = torch.zeros(u_nr.shape[0], v_cr.shape[0], device=u_nr.device)
+    for j in range(u_nr.shape[1]):
+        out += u_nr[:, j, None] * v_cr[:, j]
+    return out
+
+
+def _walsh(k: int, word_w: np.ndarray[Any, np.dtype[np.int64]]) -> counter.Words:
+    """Sign bits of row k of a Walsh matrix for whole words: bit b of word w is the parity of k AND (32 w + b)."""
+    parity = np.bitwise_count(word_w & (k >> 5)) & 1
+    return (np.uint32(_walsh_word(k)) ^ (parity.astype(np.uint32) * np.uint32(0xFFFFFFFF))).astype(np.uint32)
+
+
+def _walsh_on_device(k: int, word_w: torch.Tensor) -> torch.Tensor:
+    parity, rest = torch.zeros_like(word_w), word_w & (k >> 5)
+    for bit in range(max(1, (k >> 5).bit_length())):
+        parity = parity ^ ((rest >> bit) & 1)
+    return parity * 0xFFFFFFFF ^ _walsh_word(k)
+
+
+def _walsh_word(k: int) -> int:
+    return sum((((k & 31) & b).bit_count() & 1) << b for b in range(32))
+
+
+def _mask_hash(mask: torch.Tensor) -> str:
+    return hashlib.sha256(np.packbits(mask.flatten().cpu().numpy()).tobytes()).hexdigest()

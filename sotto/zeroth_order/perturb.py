@@ -1,0 +1,297 @@
+"""A forward pass under other weights, without touching the weights.
+
+Inside `Perturbed`, every torch function that is given one of the parameters gets parameter + shift * direction in its
+place, wherever in the model that happens: in the module that owns it, in another one (tied weights), or in a functional
+call. The moved tensor lives for that one call, so at most one of them exists at a time (all weights of the call where a
+function takes several, as attention does), and of a large linear layer's only a block. An embedding makes only the rows
+that the batch looks up; a matrix whose direction has low rank is never made: (W + s U V^T) x = W x + s U (V^T x).
+
+The parameters are read and never written: they are the same objects with the same bits before, during and after. This
+is not so for the usual way (add, subtract twice, add again), which leaves rounding errors in bfloat16 weights.
+
+Limits. A call that torch's function override does not see (a scripted or compiled module) would read the unmoved
+weight: `probes.Prober.check` compares such a pass with one under really moved weights before a run begins.
+
+Shape legend: n rows of a table, c its columns, m rows of a matrix, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sotto.errors import SottoError
+from sotto.zeroth_order.directions import CHUNK, Directions
+
+BLOCK = 1 << 21
+"""Elements of a matrix up to which it is moved as a whole."""
+
+Batch = Mapping[str, torch.Tensor]
+Function = Callable[..., Any]
+
+# What asks a tensor about itself and not about its values. Anything else is taken to read the values.
+_ABOUT = frozenset(
+    [
+        "dim",
+        "size",
+        "numel",
+        "stride",
+        "nelement",
+        "ndimension",
+        "element_size",
+        "storage_offset",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "data_ptr",
+        "get_device",
+        "is_pinned",
+        "is_same_size",
+        "type",
+        "__len__",
+        "__hash__",
+        "__repr__",
+        "requires_grad_",
+    ]
+)
+# Functions that draw random numbers: (position of the probability, position of `training`), None where there is none.
+_DROPOUTS: dict[str, tuple[int | None, int | None]] = {
+    **dict.fromkeys(
+        ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"],
+        (1, 2),
+    ),
+    "dropout_": (1, 2),
+    "alpha_dropout_": (1, 2),
+    "native_dropout": (1, 2),
+    "scaled_dot_product_attention": (4, None),
+    "bernoulli": (None, None),
+    "bernoulli_": (None, None),
+    "rand_like": (None, None),
+    "randn_like": (None, None),
+    "multinomial": (None, None),
+    "normal_": (None, None),
+    "uniform_": (None, None),
+}
+
+
+class Side(NamedTuple):
+    """One point at which the loss is taken: the weights plus `shift` times direction `k`."""
+
+    k: int
+    shift: float
+
+
+def name_of(function: Function) -> str:
+    return getattr(function, "__name__", "")
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for part in value for t in tensors_in(part)]
+    return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
+
+
+def reads_values(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Container[int]) -> bool:
+    """Whether this call reads what is in one of the parameters (given by their ids), and not only its shape or type."""
+    name = name_of(func)
+    if name in _ABOUT or not any(id(x) in parameters for x in tensors_in([args, kwargs])):
+        return False
+    return name != "__get__" or isinstance(func(*args, **kwargs), torch.Tensor)  # .data and .T against .shape
+
+
+class Perturbed(TorchFunctionMode):
+    """Context: the parameters of `directions` are read as moved.
+
+    Attributes:
+      used: names of the parameters that were read so far.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], directions: Directions, step: int, sides: Sequence[Side]
+    ):
+        """Prepares a pass.
+
+        Args:
+          parameters: name -> tensor, the names of `directions`. A tensor that several modules share has one name.
+          step: which directions.
+          sides: where the weights are moved to; more than one for `sides.Sides` only.
+        """
+        super().__init__()
+        self.directions, self.step, self.sides = directions, step, tuple(sides)
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.used: set[str] = set()
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        require_no_randomness(func, args, kwargs)
+        name = name_of(func)
+        if not reads_values(func, args, kwargs, self.names):
+            return func(*args, **kwargs)
+        self.used |= {self.names[id(x)] for x in tensors_in([args, kwargs]) if id(x) in self.names}
+        if id(args[0]) in self.names and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
+            raise _writes(self.names[id(args[0])])
+        return self.replace(func, args, kwargs)
+
+    def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is run instead of `func`, which reads a parameter. This is outside the context again."""
+        return self.one_side(func, args, kwargs, self.sides[0])
+
+    def name(self, value: Any) -> str | None:
+        return self.names.get(id(value))
+
+    def one_side(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], side: Side) -> Any:
+        """The function with every parameter among its arguments moved to this side."""
+        if name_of(func) == "embedding":
+            return self._embedding(func, side, *args, **kwargs)
+        if func is F.linear:
+            return self._linear(side, *args, **kwargs)
+        return func(*self._move_all(args, side), **self._move_all(kwargs, side))
+
+    def _move_all(self, value: Any, side: Side) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.moved(value, side) if id(value) in self.names else value
+        if isinstance(value, dict):
+            return {key: self._move_all(part, side) for key, part in value.items()}
+        if isinstance(value, tuple | list) and any(id(t) in self.names for t in tensors_in(value)):
+            return type(value)(self._move_all(part, side) for part in value)
+        return value
+
+    def moved(self, value: Any, side: Side) -> Any:
+        """The parameter at this side: a new tensor of its type. Anything that is not perturbed is returned as it is."""
+        name = self.names.get(id(value))
+        if name is None:
+            return value
+        out = torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
+        self._move(name, value, side, 0, out.view(-1))
+        return out
+
+    def _move(self, name: str, value: torch.Tensor, side: Side, first: int, target: torch.Tensor) -> None:
+        """Fills `target` with the moved elements of a parameter from number `first` on."""
+        source, last = value.detach().reshape(-1), first + target.numel()
+        for start in range(first, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            u = self.directions.slice(name, self.step, side.k, start, stop, value.device)
+            # float32 or better, and rounded once to the type of the weight.
+            torch.add(source[start:stop], u, alpha=side.shift, out=target[start - first : stop - first])
+
+    def _linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
+        name = self.names.get(id(weight))
+        if name is not None and not self.directions.is_low_rank(name) and weight.numel() > BLOCK:
+            return self._linear_in_blocks(name, side, input, weight, self.moved(bias, side))
+        if name is None or not self.directions.is_low_rank(name):
+            return F.linear(input, self.moved(weight, side), self.moved(bias, side))
+        out = F.linear(input, weight, self.moved(bias, side))
+        u_mr, v_cr = self.directions.factors(name, self.step, side.k, input.device)
+        low = F.linear(input, v_cr.t().to(input.dtype)).float()
+        return out + F.linear(low, u_mr * side.shift).to(out.dtype)
+
+    def _linear_in_blocks(
+        self, name: str, side: Side, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Some outputs at a time, so that the moved matrix never exists as a whole."""
+        m, c = weight.shape
+        rows = max(1, BLOCK // c)
+        block = torch.empty(min(rows, m) * c, dtype=weight.dtype, device=weight.device)
+        autocast = torch.is_autocast_enabled(input.device.type)
+        kind = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
+        out_nm = torch.empty(input.numel() // c, m, dtype=kind, device=input.device)
+        x_nc = input.reshape(-1, c).to(kind)
+        for start in range(0, m, rows):
+            at = slice(start, min(start + rows, m))
+            moved_rc = block[: (at.stop - start) * c].view(-1, c)
+            self._move(name, weight, side, start * c, moved_rc.view(-1))
+            if bias is None:
+                torch.mm(x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
+            else:
+                torch.addmm(bias[at].to(kind), x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
+        return out_nm.view(*input.shape[:-1], m)
+
+    def _embedding(
+        self, func: Function, side: Side, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Looks up rows of the moved table; makes only those rows when they are few."""
+        name = self.names.get(id(weight))
+        if (args[1] if len(args) > 1 else kwargs.get("max_norm")) is not None:
+            raise _writes(name or "an embedding with max_norm")
+        if name is None:
+            return func(input, weight, *args, **kwargs)
+        rows_n, place = torch.unique(input, return_inverse=True)
+        # Single rows cost more than rows one after another, which take a copy of the table.
+        if 8 * len(rows_n) > len(weight) and weight.numel() <= BLOCK:
+            return func(input, self.moved(weight, side), *args, **kwargs)
+        u_nc = self.directions.rows(name, self.step, side.k, rows_n)
+        table_nc = torch.add(weight.detach()[rows_n], u_nc, alpha=side.shift).to(weight.dtype)
+        return F.embedding(place, table_nc)
+
+
+def _writes(what: str) -> SottoError:
+    return SottoError(
+        "SOT654",
+        what=f"the forward pass writes to {what}",
+        where=what,
+        why="the loss is compared at two points near the same weights, which must not change in between",
+        fix="remove max_norm or the in-place change, or freeze this parameter",
+    )
+
+
+# ---- what must not be random
+
+
+def require_deterministic(model: nn.Module) -> None:
+    """Refuses a model whose two passes would differ for another reason than the weights.
+
+    Raises:
+      SottoError: SOT651, a module in training mode drops out, or normalises over the batch.
+    """
+    for path, module in model.named_modules():
+        if not module.training:
+            continue
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        drops |= isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+        if drops or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise _random(f"{path} ({type(module).__name__})")
+
+
+def require_no_randomness(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a function that draws random numbers; models also drop out by functions that are no modules.
+
+    Raises:
+      SottoError: SOT651.
+    """
+    name = name_of(func)
+    if name not in _DROPOUTS:
+        return
+    probability, training = _DROPOUTS[name]
+    defaults = (0.0 if name.startswith("scaled") else 0.5, True)
+    p = _argument(args, kwargs, probability, ("p", "dropout_p"), defaults[0])
+    active = _argument(args, kwargs, training, ("training", "train"), defaults[1])
+    if active and (probability is None or p > 0):
+        raise _random(name)
+
+
+def _argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], place: int | None, names: tuple[str, ...], default: Any
+) -> Any:
+    if place is not None and len(args) > place:
+        return args[place]
+    return next((kwargs[name] for name in names if name in kwargs), default)
+
+
+def _random(what: str) -> SottoError:
+    return SottoError(
+        "SOT651",
+        what=f"{what} makes two forward passes under the same weights differ",
+        where=what,
+        why="the difference of two losses is divided by a small number, so dropout would drown what is measured",
+        fix="call model.eval() before probing",
+    )

@@ -1,0 +1,240 @@
+"""What a batch says about K directions: one finite difference per example and direction.
+
+    d_ik = (f_i(theta + lambda u_k) - f_i(theta - lambda u_k)) / (2 lambda)
+
+estimates u_k . grad f_i (Spall 1992; for language models MeZO, Malladi et al. 2023, arXiv:2305.17333). The numbers of
+an example divided by sqrt(K) are a random sketch of its gradient, whose expected squared norm is that of the gradient
+for every K: so a clip norm means here what it means for gradients. (Bao et al. 2025 divide by K instead; their
+threshold is the one used here over sqrt(K).)
+
+Memory: one forward pass, one moved weight matrix, and B K numbers, whatever K is. Only these numbers have to be
+exchanged when the directions are shared out among processes (`probes`).
+
+Shape legend: B examples, U units, K directions of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from sotto.errors import SottoError
+from sotto.gradients.rows import Rows
+from sotto.privacy.events import check_number
+from sotto.zeroth_order.directions import Directions, bad_argument
+from sotto.zeroth_order.perturb import Batch, Perturbed, Side, require_deterministic
+from sotto.zeroth_order.prefix import Prefix, capture
+from sotto.zeroth_order.sides import Sides
+
+Forward = Callable[[Batch], torch.Tensor]
+
+CHECK_SHIFT = 1e-2
+"""How far the check moves the weights: a classifier that starts at zero gives all examples one loss until then."""
+
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_CHECKED_ROWS = 3
+
+
+class Prober:
+    """Takes the finite differences of a model's losses. The model is left as it is, bit by bit.
+
+    Attributes:
+      parameters: name -> the tensors that are perturbed: all that require a gradient; shared ones once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        directions: Directions,
+        smoothing: float = 1e-3,
+        *,
+        sides: int = 1,
+        reuse_prefix: bool = True,
+    ):
+        """Sets up the probes; runs nothing.
+
+        Args:
+          model: in evaluation mode, or without dropout.
+          forward: batch -> (B,) losses, one for each row, in float32 or better.
+          directions: for exactly the trainable parameters of the model.
+          smoothing: lambda, how far the weights are moved to either side; > 0.
+          sides: 1, or an even number: so many sides in one forward pass (`sides.Sides`).
+          reuse_prefix: compute what lies below the first trainable weight once per batch.
+
+        Raises:
+          SottoError: SOT401, smoothing is not positive; SOT650, sides is neither 1 nor even, or the directions are
+            those of other parameters; SOT651, the model drops out.
+        """
+        self.smoothing = check_number("smoothing", smoothing, above=0)
+        if sides != 1 and (sides < 1 or sides % 2):
+            why = "the two losses of a direction belong in one pass"
+            raise bad_argument("sides", sides, why, "give 1, or an even number")
+        self.model, self.forward, self.directions, self.sides = model, forward, directions, sides
+        self.reuse_prefix = reuse_prefix
+        self.parameters = trainable(model)
+        if {n: p.shape for n, p in self.parameters.items()} != directions.shapes:
+            why = "every trainable weight has a direction, and no other"
+            raise bad_argument("directions", sorted(directions.shapes)[:3], why, "make them from trainable(model)")
+        require_deterministic(model)
+
+    # ---- the numbers
+
+    def differences(self, batch: Batch, step: int, probes: Sequence[int] | None = None) -> torch.Tensor:
+        """(B, K) float64 finite differences of a batch's losses; not finite where a loss is not.
+
+        Args:
+          batch: tensors with B rows each.
+          step: which directions.
+          probes: which of the K directions; default all. The result has one column for each.
+
+        Raises:
+          SottoError: SOT651 to SOT654, the model or the loss cannot be probed.
+        """
+        chosen = range(self.directions.count) if probes is None else probes
+        smoothing = self.smoothing
+        points = [Side(k, sign * smoothing) for k in chosen for sign in (1.0, -1.0)]
+        rows = _rows(batch)
+        with torch.no_grad():
+            prefix = capture(self.model, self.parameters, self.forward, batch) if self.reuse_prefix else None
+            losses_sB = [
+                losses
+                for start in range(0, len(points), self.sides)
+                for losses in self._losses(batch, rows, step, points[start : start + self.sides], prefix)
+            ]
+        if not losses_sB:
+            return torch.zeros(rows, 0, dtype=torch.float64)
+        losses_BK2 = torch.stack(losses_sB, 1).view(rows, -1, 2)
+        return (losses_BK2[..., 0] - losses_BK2[..., 1]) / (2 * smoothing)
+
+    def sketch(self, batch: Batch, step: int, units: torch.Tensor | None = None) -> torch.Tensor:
+        """(U, K) sketch of each unit's summed gradient: its examples' differences added up, over sqrt(K).
+
+        Args:
+          units: (B,) integer that says to whom each row belongs; default: every row is a unit of its own. All rows of a
+            unit must be in this batch.
+        """
+        d_BK = self.differences(batch, step)
+        rows = Rows.build(len(d_BK), units, d_BK.device)
+        return rows.add_up(d_BK) / math.sqrt(self.directions.count)
+
+    def _losses(
+        self, batch: Batch, rows: int, step: int, sides: Sequence[Side], prefix: Prefix | None
+    ) -> list[torch.Tensor]:
+        """(B,) float64 losses for each side."""
+        repeats = len(sides)
+        with ExitStack() as stack:
+            if prefix is not None:
+                stack.enter_context(prefix.replay(repeats))
+            if repeats == 1:
+                stack.enter_context(Perturbed(self.parameters, self.directions, step, sides))
+            else:
+                stack.enter_context(Sides(self.parameters, self.directions, step, sides, rows))
+                batch = {name: x.expand(repeats, *x.shape).flatten(0, 1) for name, x in batch.items()}
+            losses = self.forward(batch)
+        return list(_per_example(losses, repeats * rows).double().chunk(repeats))
+
+    # ---- what has to hold
+
+    def check(self, batch: Batch, step: int = 0) -> None:
+        """Runs a batch under weights moved by `CHECK_SHIFT` in four ways, which have to agree.
+
+        As the probes do it (prefix and sides included); with the weights really replaced (one more copy of the
+        trainable weights, for this once); and a few rows alone. This finds losses that are averaged over the batch,
+        examples that influence one another, weights that are read out of sight, and a kept prefix that is wrong.
+
+        Raises:
+          SottoError: SOT652, the loss is not one number per example, or depends on the other rows; SOT655, the passes
+            differ.
+        """
+        rows, shift = _rows(batch), max(self.smoothing, CHECK_SHIFT)
+        points = [Side(0, shift), Side(0, -shift)][: self.sides]
+        with torch.no_grad():
+            prefix = capture(self.model, self.parameters, self.forward, batch) if self.reuse_prefix else None
+            fast = self._losses(batch, rows, step, points, prefix)[0]
+            plain = self._losses(batch, rows, step, points[:1], None)[0]
+            moved = Perturbed(self.parameters, self.directions, step, points[:1])
+            really = {name: moved.moved(p, points[0]) for name, p in self.parameters.items()}
+            truth = _per_example(self._forward_with(really, batch), rows).double()
+            del really
+            for row in sorted({0, rows // 2, rows - 1})[:_CHECKED_ROWS]:
+                alone = {name: x[row : row + 1] for name, x in batch.items()}
+                self._require_same(plain[row : row + 1], self._losses(alone, 1, step, points[:1], None)[0], _coupled())
+        self._require_same(truth, plain, _differ("one perturbed weight at a time"))
+        self._require_same(truth, fast, _differ("the kept prefix or several sides at once"))
+
+    def _forward_with(self, weights: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        holder = _Holder(self.model, self.forward)
+        named = {f"model.{name}": value for name, value in weights.items()}
+        return functional_call(holder, named, (batch,), tie_weights=True)
+
+    def _require_same(self, a: torch.Tensor, b: torch.Tensor, error: SottoError) -> None:
+        types = {p.dtype for p in self.model.parameters()}
+        autocast = torch.is_autocast_enabled(a.device.type)
+        tolerance = max([2e-4, *(_TOLERANCE.get(t, 0.0) for t in types)])
+        if autocast:
+            tolerance = max(tolerance, _TOLERANCE[torch.bfloat16])
+        finite = torch.isfinite(a) & torch.isfinite(b)
+        if bool(((a - b).abs() > tolerance * (1 + a.abs()))[finite].any()):
+            raise error
+
+
+class _Holder(nn.Module):
+    """A module whose forward is a function of another one, so that `functional_call` can lend it weights."""
+
+    def __init__(self, model: nn.Module, forward: Forward):
+        super().__init__()
+        self.model, self.run = model, forward
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.run(batch)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> trainable parameter; one that several modules share has its first name only."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _rows(batch: Batch) -> int:
+    counts = {len(x) for x in batch.values()}
+    if len(counts) == 1:
+        return counts.pop()
+    why = "a row of the batch is an example in every tensor"
+    raise bad_argument("batch", sorted(counts), why, "give tensors with the same number of rows")
+
+
+def _per_example(losses: torch.Tensor, rows: int) -> torch.Tensor:
+    if losses.shape != (rows,):
+        raise SottoError(
+            "SOT652", what=f"the loss has shape {tuple(losses.shape)}, the batch {rows} rows", where="forward",
+            why="each person's influence is bounded by clipping his or her own numbers, which an average over the "
+            "batch no longer shows", fix="return one loss for each row: reduction='none'",
+        )  # fmt: skip
+    if torch.finfo(losses.dtype).bits < 32:
+        raise SottoError(
+            "SOT652", what=f"the losses are {losses.dtype}", where="forward",
+            why="their differences are divided by a small number, which makes rounding errors large",
+            fix="compute the loss from logits in float32",
+        )  # fmt: skip
+    return losses
+
+
+def _coupled() -> SottoError:
+    return SottoError(
+        "SOT652", what="an example's loss depends on the other examples of the batch", where="forward",
+        why="then clipping each example bounds nobody's influence",
+        fix="use a loss with reduction='none' and no normalisation over the batch, and mask padding",
+    )  # fmt: skip
+
+
+def _differ(what: str) -> SottoError:
+    return SottoError(
+        "SOT655", what=f"{what} gives other losses than moved weights do", where="zeroth_order.probes",
+        why="the numbers would not be derivatives along the directions", fix="set sides=1 and reuse_prefix=False; if "
+        "it stays, the model reads weights where torch functions cannot be overridden (a scripted or compiled module)",
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""From released numbers to weights, and from their log to the same weights again.
+
+A step's release is K numbers g. The gradient that they stand for is sum_k g_k u_k / sqrt(K): for numbers that were not
+clipped its mean over directions is the gradient of the smoothed loss, and noise of deviation s on each number becomes
+noise of deviation s on each weight, whatever K is. SGD, momentum and AdamW on it are post-processing, and so are stages
+(`presets`, DP-ZOPO): each halves the rate, and pulls the weights towards where it began.
+
+The start, the key of the directions and the log of all g determine the weights: a checkpoint is the log, 4 K bytes a
+step. Replaying it gives the same bits on every device and under every sharding. A g is rounded to float32 first, so
+that its products with entries of directions are exact in float64; sums over k have one order; each further operation is
+one that IEEE 754 rounds in one way, and none is fused with another. What is kept between steps is float32.
+
+No gradient is ever whole: weights are updated a chunk at a time, so SGD needs no memory that grows with the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from sotto.config import RunSection
+from sotto.errors import SottoError
+from sotto.optim import learning_rate
+from sotto.zeroth_order import directions as directions_module
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
+from sotto.zeroth_order.release import NAME
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's own for AdamW
+LOG, START = "log", "start"
+
+
+class Updates:
+    """Applies releases to the weights, and keeps their log. It has the interface of `sotto.optim.Optimizer`.
+
+    Attributes:
+      log: a (K,) float32 tensor for each step so far.
+      start: (32,) uint8 fingerprint of the weights before the first step, and of the directions.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        directions: Directions,
+        run: RunSection,
+        steps: int,
+        preset: Preset | None = None,
+    ):
+        """Takes the weights as they are for the start.
+
+        Raises:
+          SottoError: SOT605, a trainable weight is in half precision.
+        """
+        self.parameters, self.directions, self.run, self.steps = dict(parameters), directions, run, steps
+        for name, p in self.parameters.items():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise SottoError(
+                    "SOT605", what=f"the trainable parameter is stored in {p.dtype}", where=f"'{name}'",
+                    why="a private update is small beside the weight and would vanish in half precision",
+                    fix="keep trainable parameters in float32; frozen ones may be in any type",
+                )  # fmt: skip
+        kinds = ["exp_avg", "exp_avg_sq"] if run.optimizer == "adamw" else ["momentum"] * (run.momentum > 0)
+        self.state = {kind: {n: torch.zeros_like(p) for n, p in self.parameters.items()} for kind in kinds}
+        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if run.ema_decay else {}
+        self.preset = preset or PRESETS["aggzo"]
+        self.stage_starts = list(itertools.accumulate([0, *stage_lengths(steps, self.preset.stages)[:-1]]))
+        self.anchor = {n: p.detach().clone() for n, p in self.parameters.items()} if self.preset.proximal else {}
+        self.log: list[torch.Tensor] = []
+        self.start = self._fingerprint()
+
+    def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
+        """Applies one release: `update["directions"]` is (K,). Steps come one after another, from 0."""
+        assert step == len(self.log)
+        g_K = update[NAME].detach().float().cpu()
+        self.log.append(g_K)
+        if step and step in self.stage_starts:
+            self.anchor = {n: self.parameters[n].detach().clone() for n in self.anchor}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                flat = {kind: held[name].view(-1) for kind, held in self.state.items()}
+                if self.anchor:
+                    flat["anchor"] = self.anchor[name].view(-1)
+                for start in range(0, parameter.numel(), directions_module.CHUNK):
+                    at = slice(start, min(start + directions_module.CHUNK, parameter.numel()))
+                    gradient = self._gradient(name, step, g_K, at, parameter.device)
+                    self._apply(parameter.view(-1)[at], gradient, {k: x[at] for k, x in flat.items()}, step)
+            decay = min(self.run.ema_decay, (1 + step) / (10 + step))
+            for name, average in self.ema.items():
+                missing = self.parameters[name].double().sub(average)
+                average.copy_(average.double().add(missing.mul_(1 - decay)))
+
+    def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, device: torch.device) -> torch.Tensor:
+        """(e,) float64 elements of sum_k g_k u_k / sqrt(K)."""
+        total = torch.zeros(at.stop - at.start, dtype=torch.float64, device=device)
+        for k, g in enumerate(g_K.tolist()):
+            total.add_(self.directions.slice(name, step, k, at.start, at.stop, device).double(), alpha=g)
+        return total.div_(math.sqrt(self.directions.count))
+
+    def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
+        """One chunk, in float64, rounded once. Each line is one operation, so that no device fuses two of them."""
+        rate, run = learning_rate(self.run, step, self.steps), self.run
+        rate *= 0.5 ** (sum(start <= step for start in self.stage_starts) - 1)
+        new = weights.to(torch.float64, copy=True)
+        if self.anchor:
+            gradient.add_(new.sub(state["anchor"].double()).mul_(self.preset.proximal))
+        if run.optimizer == "adamw":
+            new.mul_(1 - rate * run.weight_decay)
+            first = _blend(state["exp_avg"], gradient, BETAS[0])
+            second = _blend(state["exp_avg_sq"], gradient.square(), BETAS[1])
+            size = second.div_(1 - BETAS[1] ** (step + 1)).sqrt_()
+            size.add_(EPS)
+            change = first.div_(1 - BETAS[0] ** (step + 1)).div_(size)
+        else:
+            if run.weight_decay:
+                gradient.add_(new.mul(run.weight_decay))
+            change = gradient
+            if run.momentum:
+                change = gradient.add_(state["momentum"].double().mul(run.momentum))
+                state["momentum"].copy_(change)
+        new.sub_(change.mul_(rate))
+        weights.copy_(new)
+
+    def final_weights(self) -> dict[str, torch.Tensor]:
+        """What the run releases: the moving average if there is one, else the last weights."""
+        return self.ema or {n: p.detach() for n, p in self.parameters.items()}
+
+    # ---- the log
+
+    def stored_weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the weights: nothing, the log has it all."""
+        return {}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The log, (steps, K) float32, and the fingerprint of the start: all that a checkpoint needs."""
+        log = torch.stack(self.log) if self.log else torch.zeros(0, self.directions.count)
+        return {LOG: log, START: self.start}
+
+    def restore(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes all steps of a log, from the start.
+
+        Args:
+          weights: those of the checkpoint; there are none.
+          tensors: what `state_tensors` gave.
+
+        Raises:
+          SottoError: SOT656, this is not the start of that run, its directions are others, or the log is no log.
+        """
+        log, start = tensors.get(LOG), tensors.get(START)
+        known = start is not None and torch.equal(start, self.start) and not (self.log or weights)
+        if not known or log is None or log.dim() != 2 or log.shape[1] != self.directions.count:
+            raise SottoError(
+                "SOT656", what="the log of releases belongs to other weights or directions", where="checkpoints",
+                why="replayed on another start it gives weights that were never trained",
+                fix="use the base model, config.yaml and version of Sotto that the run began with",
+            )  # fmt: skip
+        for step, g_K in enumerate(log):
+            self.step({NAME: g_K}, step)
+
+    def _fingerprint(self) -> torch.Tensor:
+        """(32,) uint8."""
+        spec = {"directions": self.directions.spec(), "run": self.run.model_dump(mode="json"), "steps": self.steps}
+        spec["stages"], spec["proximal"] = self.preset.stages, self.preset.proximal
+        for key in ("microbatch_size", "memory", "checkpoint_every", "device"):  # these change no number
+            spec["run"].pop(key)
+        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+        for name, p in self.parameters.items():
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _blend(held: torch.Tensor, new: torch.Tensor, keep: float) -> torch.Tensor:
+    """Moves what is held towards `new` and returns it in float64, rounded as it is held."""
+    blended = held.double().mul(keep)
+    blended.add_(new.mul(1 - keep))
+    held.copy_(blended)
+    return held.to(torch.float64, copy=True)

@@ -1,0 +1,303 @@
+"""Directions are public, the same however they are cut, and have mean zero and identity covariance."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from sotto.errors import SottoError
+from sotto.zeroth_order import counter, directions, laws
+from sotto.zeroth_order.directions import Directions, Law
+
+KEY = "0123456789abcdef0123456789abcdef"
+SHAPES = {"matrix": torch.Size((37, 24)), "vector": torch.Size((131,)), "scalar": torch.Size(())}
+ALL = [Law(kind, 0) for kind in directions.LAWS] + [Law("rademacher", 3), Law("gaussian", 2)]
+
+
+def make(law: Law, count: int = 8, shapes: dict[str, torch.Size] | None = None, **others: object) -> Directions:
+    return Directions(KEY, shapes or SHAPES, count, law, **others)  # type: ignore[arg-type]
+
+
+# ---- the counter
+
+
+def philox(key: int, c: list[int]) -> list[int]:
+    """Salmon et al. 2011, section 3.1.3, one block at a time."""
+    low, k = 0xFFFFFFFF, [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & low, a >> 32 ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return c
+
+
+ONES = 0xFFFFFFFF
+KNOWN = [  # the vectors that the authors of Philox publish: counter, key, block
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("at", "key_parts", "block"), KNOWN)
+def test_known_answers(at, key_parts, block):
+    key = key_parts[0] + (key_parts[1] << 32)
+    assert philox(key, list(at)) == list(block)
+    first = 4 * (at[0] + (at[1] << 32))
+    assert counter.words(key, at[3], at[2], first, first + 4).tolist() == list(block)
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 4 * 2**32 - 3, 2**40 + 2])
+def test_words_are_the_same_in_parts_and_on_a_device(start):
+    key = counter.stream_key(KEY, "w", "entry")
+    whole = counter.words(key, 7, 3, start, start + 50)
+    for i, j in ((0, 1), (3, 50), (17, 18), (49, 50), (20, 20)):
+        assert counter.words(key, 7, 3, start + i, start + j).tolist() == whole[i:j].tolist()
+    first = start // 4
+    found = counter.blocks(key, 7, 3, torch.arange(first, first + 14)).flatten()
+    assert found[start - 4 * first :][:50].tolist() == whole.tolist()
+    assert found[:4].tolist() == philox(key, [first & ONES, first >> 32, 3, 7])
+
+
+def test_streams_are_told_apart():
+    assert counter.stream_key("ab", "c") != counter.stream_key("a", "bc")
+    assert counter.stream_key("a", "b", "") != counter.stream_key("a", "b")
+    seen = {
+        counter.words(counter.stream_key(key, name, role), step, k, 0, 4).tobytes()
+        for key in ("a", "b")
+        for name in ("v", "w")
+        for role in ("left", "right")
+        for step in range(3)
+        for k in range(3)
+    }
+    assert len(seen) == 72
+
+
+# ---- the entries, against their definition
+
+
+def entry(law: str, name: str, step: int, k: int, e: int) -> float:
+    """One entry of a direction, made alone and by the book. `sphere` before it is stretched."""
+    orthogonal, gaussian = law == "orthogonal", law in ("gaussian", "sphere")
+    word = e if gaussian else e // 32
+    key = counter.stream_key(KEY, name, "entry")
+    drawn = philox(key, [word // 4 & ONES, word // 4 >> 32, 0 if orthogonal else k, step])[word % 4]
+    if gaussian:
+        table = laws.quantiles()
+        return float(table[drawn & 0xFFFF] + table[drawn >> 16]) / 2**20
+    sign = 1 - 2 * (drawn >> e % 32 & 1)
+    return sign * (-1) ** (k & e).bit_count() if orthogonal else sign
+
+
+@pytest.mark.parametrize("law", ["rademacher", "gaussian", "orthogonal"])
+def test_entries_by_definition(law):
+    made = make(Law(law), count=50)
+    for name in SHAPES:
+        for k in (0, 5, 47):
+            found = made.tensor(name, 9, k).flatten()
+            expected = [entry(law, name, 9, k, e) for e in range(len(found))]
+            assert found.tolist() == expected
+
+
+def test_golden_values():
+    """A run is replayed from its key, also by later versions: these numbers may never change."""
+    assert counter.stream_key(KEY, "vector", "entry") == 0x498FC7791A0E1586
+    assert hashlib.sha256(laws.quantiles().astype("<i4").tobytes()).hexdigest() == (
+        "f79c71e52c2e4af31c97819b3134cd30a64494200d1440b83cf44f1ba5faa8e5"
+    )
+    firsts = {law: make(law).tensor("matrix", 3, 2).flatten()[:4].tolist() for law in ALL}
+    assert firsts == {
+        Law(kind="rademacher", rank=0): [1.0, 1.0, -1.0, 1.0],
+        Law(kind="gaussian", rank=0): [
+            -0.8580646514892578,
+            -0.7549839019775391,
+            -0.25751686096191406,
+            -0.10660743713378906,
+        ],
+        Law(kind="sphere", rank=0): [
+            -0.8715922832489014,
+            -0.7668864727020264,
+            -0.26157668232917786,
+            -0.10828813910484314,
+        ],
+        Law(kind="orthogonal", rank=0): [-1.0, 1.0, 1.0, 1.0],
+        Law(kind="rademacher", rank=3): [
+            -0.5773502588272095,
+            -1.7320507764816284,
+            0.5773502588272095,
+            -0.5773502588272095,
+        ],
+        Law(kind="gaussian", rank=2): [
+            1.199521780014038,
+            0.5761646628379822,
+            -0.05935031175613403,
+            -0.7740793824195862,
+        ],
+    }
+
+
+def test_the_normal_table():
+    normal, table = NormalDist(), laws.quantiles().astype(np.float64) / 2**20
+    for i in (0, 1, 999, 32767, 32768, 50000, 65535):
+        assert table[i] == pytest.approx(normal.inv_cdf((i + 0.5) / 65536) / math.sqrt(2), abs=1e-4)
+    assert table.mean() == 0
+    assert np.square(table).mean() == pytest.approx(0.5, abs=1e-8)
+    for t in (0.1, 0.5, 1.0, 2.0, 3.0):  # the characteristic function of the sum of two
+        assert np.cos(t * table).mean() ** 2 == pytest.approx(math.exp(-t * t / 2), abs=1e-5)
+
+
+# ---- parts agree with the whole
+
+
+@pytest.mark.parametrize("law", ALL, ids=str)
+def test_slices_and_rows_equal_the_whole(law, monkeypatch):
+    made = make(law, count=40)
+    whole = {name: made.tensor(name, 3, 37) for name in SHAPES}
+    monkeypatch.setattr(directions, "CHUNK", 96)
+    again = make(law, count=40)
+    generator = random.Random(0)
+    for name, shape in SHAPES.items():
+        flat = whole[name].flatten()
+        assert whole[name].shape == shape
+        for _ in range(25):
+            start = generator.randrange(len(flat))
+            stop = generator.randrange(start, len(flat) + 1)
+            assert torch.equal(again.slice(name, 3, 37, start, stop), flat[start:stop])
+    rows_n = torch.tensor([0, 36, 5, 5, 20])
+    assert torch.equal(again.rows("matrix", 3, 37, rows_n), whole["matrix"][rows_n])
+
+
+@pytest.mark.parametrize("law", ALL, ids=str)
+def test_nothing_else_has_an_influence(law):
+    """Not the order, not the other tensors (but for the sphere's length), not torch's or numpy's random state."""
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    one, two = make(law), make(law)
+    expected = one.tensor("vector", 1, 1)
+    two.tensor("matrix", 5, 3)
+    torch.manual_seed(torch.initial_seed() + 1)
+    assert torch.equal(two.tensor("vector", 1, 1), expected)
+    if law.kind != "sphere":
+        assert torch.equal(make(law, shapes={"vector": SHAPES["vector"]}).tensor("vector", 1, 1), expected)
+    torch.set_rng_state(states[0])
+    make(law).tensor("vector", 1, 1)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    for other in (one.tensor("vector", 2, 1), one.tensor("vector", 1, 2)):
+        assert not torch.equal(other, expected)
+    assert not torch.equal(Directions(KEY[::-1], SHAPES, 8, law).tensor("vector", 1, 1), expected)
+
+
+def test_low_rank_is_the_product_of_its_factors():
+    made = make(Law("gaussian", 2))
+    u_mr, v_cr = made.factors("matrix", 4, 1)
+    assert u_mr.shape == (37, 2)
+    assert v_cr.shape == (24, 2)
+    matrix = made.tensor("matrix", 4, 1)
+    torch.testing.assert_close(matrix, u_mr @ v_cr.T)
+    assert torch.linalg.matrix_rank(matrix) == 2
+
+
+# ---- laws
+
+
+def all_of(made: Directions, step: int, k: int) -> torch.Tensor:
+    return torch.cat([made.tensor(name, step, k).flatten() for name in made.shapes]).double()
+
+
+def assert_moments(x_nd: torch.Tensor) -> None:
+    """Mean 0 and covariance identity, within seven standard errors of every entry (fourth moments are below 9)."""
+    draws = len(x_nd)
+    assert float(x_nd.mean(0).abs().max()) < 7 / math.sqrt(draws)
+    covariance = x_nd.T @ x_nd / draws
+    assert float((covariance - torch.eye(len(covariance))).abs().max()) < 7 * math.sqrt(8 / draws)
+    assert float(covariance.diagonal().mean()) == pytest.approx(1, abs=7 * math.sqrt(8 / draws / len(covariance)))
+
+
+SMALL = {"m": torch.Size((6, 4)), "v": torch.Size((8,))}
+
+
+@pytest.mark.parametrize("law", ALL, ids=str)
+def test_mean_zero_and_covariance_identity(law):
+    made = make(law, shapes=SMALL)
+    x_nd = torch.stack([all_of(made, step, 3) for step in range(3000)])
+    assert_moments(x_nd)
+    for mutant in (1.1 * x_nd, x_nd + 0.2, x_nd + 0.3 * x_nd.roll(1, dims=1)):
+        with pytest.raises(AssertionError):
+            assert_moments(mutant)
+
+
+def test_the_directions_of_one_step_are_orthogonal():
+    shapes = {"m": torch.Size((16, 8)), "v": torch.Size((64,))}
+    made = make(Law("orthogonal"), count=50, shapes=shapes)
+    x_Kd = torch.stack([all_of(made, 2, k) for k in range(50)])
+    assert torch.equal(x_Kd @ x_Kd.T, made.size * torch.eye(50, dtype=torch.float64))
+    independent = make(Law("rademacher"), count=50, shapes=shapes)
+    y_Kd = torch.stack([all_of(independent, 2, k) for k in range(50)])
+    assert not torch.equal(y_Kd @ y_Kd.T, made.size * torch.eye(50, dtype=torch.float64))
+
+
+def test_sizes_that_do_not_fit_cost_little_orthogonality():
+    made = make(Law("orthogonal"), count=16)
+    x_Kd = torch.stack([all_of(made, 0, k) for k in range(16)])
+    rest = x_Kd @ x_Kd.T - made.size * torch.eye(16, dtype=torch.float64)
+    assert 0 < float(rest.abs().max()) <= 16 * len(SHAPES)
+
+
+def test_the_sphere_has_its_length():
+    made = make(Law("sphere"))
+    mask = torch.arange(131) % 3 == 0
+    masked = make(Law("sphere"), masks={"vector": mask})
+    for k in range(8):
+        assert float(all_of(made, 1, k).square().sum()) == pytest.approx(made.size, rel=1e-6)
+        assert float(all_of(masked, 1, k).square().sum()) == pytest.approx(masked.size, rel=1e-6)
+    assert masked.size == made.size - int((~mask).sum())
+
+
+@pytest.mark.parametrize("kind", directions.LAWS)
+def test_a_mask_drops_entries_and_changes_no_other(kind):
+    mask = torch.arange(37 * 24).view(37, 24) % 5 == 0
+    made, plain = make(Law(kind), masks={"matrix": mask}), make(Law(kind))
+    expected = (
+        plain.tensor("matrix", 0, 1) * mask * (made.stretch(0, 1) / plain.stretch(0, 1) if kind == "sphere" else 1)
+    )
+    torch.testing.assert_close(made.tensor("matrix", 0, 1), expected)
+    assert torch.equal(made.rows("matrix", 0, 1, torch.tensor([4, 9])), made.tensor("matrix", 0, 1)[[4, 9]])
+    assert made.spec()["masks"] != plain.spec()["masks"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: make(Law("uniform")),
+        lambda: make(Law("gaussian", -1)),
+        lambda: make(Law("sphere", 2)),
+        lambda: make(Law("orthogonal", 2)),
+        lambda: make(Law(), count=0),
+        lambda: make(Law(), count=True),
+        lambda: make(Law(), count=1.5),  # type: ignore[arg-type]
+        lambda: Directions(KEY, {}, 1),
+        lambda: make(Law(), masks={"matrix": torch.ones(3, dtype=torch.bool)}),
+        lambda: make(Law(), masks={"other": torch.ones(3, dtype=torch.bool)}),
+        lambda: make(Law(), masks={"vector": torch.ones(131)}),
+        lambda: make(Law("gaussian", 2), masks={"matrix": torch.ones(37, 24, dtype=torch.bool)}),
+    ],
+)
+def test_bad_arguments(bad):
+    with pytest.raises(SottoError) as caught:
+        bad()
+    assert caught.value.code == "SOT650"
+    assert caught.value.fix
+
+
+def test_keys_are_fresh():
+    assert len({directions.new_key() for _ in range(100)}) == 100

@@ -1,0 +1,154 @@
+"""Updates from released numbers, against plain optimizers on the gradient that they stand for; replay of the log."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sotto.config import RunSection
+from sotto.errors import SottoError
+from sotto.zeroth_order.directions import Directions, Law
+from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
+from sotto.zeroth_order.release import NAME
+from sotto.zeroth_order.updates import Updates
+
+KEY, STEPS, K = "0a" * 16, 9, 3
+RUNS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd"},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "warmup_ratio": 0.2},
+    "average": {"optimizer": "sgd", "ema_decay": 0.9},
+}
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False)).to(dtype)
+
+
+def make(kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None, **more: Any) -> Updates:
+    run = RunSection(**{"expected_batch_size": 4, "steps": STEPS, "learning_rate": 0.05, **RUNS[kind], **more})
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    return Updates(dict(net.named_parameters()), Directions(key, shapes, K, Law("gaussian")), run, STEPS, preset)
+
+
+def numbers() -> torch.Tensor:
+    return torch.randn(STEPS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def trained(kind: str, net: nn.Module, **more: Any) -> Updates:
+    updates = make(kind, net, **more)
+    for step, g_K in enumerate(numbers()):
+        updates.step({NAME: g_K}, step)
+    return updates
+
+
+def weights(net: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RUNS if kind != "average"])
+def test_as_the_optimizer_on_the_gradient_that_the_numbers_stand_for(kind):
+    from sotto.optim import Optimizer
+
+    net, plain = model(torch.float64), model(torch.float64)
+    updates = trained(kind, net)
+    optimizer = Optimizer(dict(plain.named_parameters()), updates.run, STEPS)
+    for step, g_K in enumerate(numbers()):
+        directions = updates.directions
+        gradient = {
+            name: sum(float(g_K[k].float()) * directions.tensor(name, step, k).double() for k in range(K))
+            / math.sqrt(K)
+            for name in updates.parameters
+        }
+        optimizer.step(gradient, step)  # type: ignore[arg-type]
+    torch.testing.assert_close(weights(net), weights(plain), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(weights(net), weights(model(torch.float64)))
+
+
+@pytest.mark.parametrize("preset", [None, PRESETS["dpzopo"]], ids=["one stage", "stages"])
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_replay_of_the_log_has_the_same_bits(kind, preset, monkeypatch):
+    net = model()
+    done = trained(kind, net, preset=preset)
+    again = model()
+    monkeypatch.setattr("sotto.zeroth_order.directions.CHUNK", 4)  # other shards, the same bits
+    fresh = make(kind, again, preset=preset)
+    fresh.restore({}, done.state_tensors())
+    assert torch.equal(weights(net), weights(again))
+    for name, value in done.final_weights().items():
+        assert torch.equal(value, fresh.final_weights()[name])
+    assert done.stored_weights() == {}
+    assert done.state_tensors()["log"].numel() == STEPS * K
+
+
+def test_a_run_goes_on_after_a_replay():
+    net, half = model(), model()
+    trained("adamw", net)
+    first = make("adamw", half)
+    for step in range(4):
+        first.step({NAME: numbers()[step]}, step)
+    other = model()
+    second = make("adamw", other)
+    second.restore({}, first.state_tensors())
+    for step in range(4, STEPS):
+        second.step({NAME: numbers()[step]}, step)
+    assert torch.equal(weights(net), weights(other))
+
+
+def test_a_log_on_another_start_is_refused():
+    state = trained("sgd", model()).state_tensors()
+    changed = model()
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-6
+    others = [
+        lambda: make("sgd", changed).restore({}, state),
+        lambda: make("sgd", model(), key="0b" * 16).restore({}, state),
+        lambda: make("sgd", model(), learning_rate=0.06).restore({}, state),
+        lambda: make("sgd", model(), preset=PRESETS["dpzopo"]).restore({}, state),
+        lambda: make("sgd", model()).restore({}, {"log": state["log"][:, :2], "start": state["start"]}),
+        lambda: make("sgd", model()).restore({}, {}),
+        lambda: make("sgd", model()).restore({"0.weight": torch.zeros(5, 7)}, state),
+    ]
+    for other in others:
+        with pytest.raises(SottoError) as caught:
+            other()
+        assert caught.value.code == "SOT656"
+    make("sgd", model(), microbatch_size=3, memory="1GiB").restore({}, state)  # these change no number
+
+
+def test_weights_in_half_precision_are_refused():
+    with pytest.raises(SottoError) as caught:
+        make("sgd", model(torch.bfloat16))
+    assert caught.value.code == "SOT605"
+
+
+@pytest.mark.parametrize(
+    ("steps", "stages", "lengths"), [(7, 3, [1, 2, 4]), (10, 3, [1, 2, 7]), (2, 3, [2]), (5, 1, [5])]
+)
+def test_stages_double(steps, stages, lengths):
+    assert stage_lengths(steps, stages) == lengths
+
+
+def test_each_stage_halves_the_rate_and_pulls_to_where_it_began():
+    """SGD by hand, in float64."""
+    preset = Preset("gaussian", stages=2, proximal=0.5)
+    net, plain = model(torch.float64), model(torch.float64)
+    updates = trained("sgd", net, preset=preset, schedule="constant")
+    second = stage_lengths(STEPS, 2)[0]
+    values = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    anchor = dict(values)
+    for step, g_K in enumerate(numbers()):
+        if step == second:
+            anchor = dict(values)
+        rate = 0.05 * (1 if step < second else 0.5)
+        for name, value in values.items():
+            u = [updates.directions.tensor(name, step, k).double() for k in range(K)]
+            gradient = sum(float(g_K[k].float()) * u[k] for k in range(K)) / math.sqrt(K)
+            values[name] = value - rate * (gradient + 0.5 * (value - anchor[name]))
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), values[name], rtol=1e-12, atol=1e-12)
