@@ -1,7 +1,8 @@
-"""What a run is: six frozen sections, one per question, every key checked.
+"""What a run is: seven frozen sections, one per question, every key checked.
 
-The file layout is `model / data / privacy / method / run / output`. `sotto init` writes a commented example. Unknown
-keys are refused, because a misspelt key that is silently ignored is the commonest way to lose a guarantee.
+The file layout is `model / data / privacy / method / run / output`, and `setting` where it is not one machine. `sotto
+init` writes a commented example. Unknown keys are refused, because a misspelt key that is silently ignored is the
+commonest way to lose a guarantee.
 
 Sections are plain frozen pydantic models: build them in Python, or read them with `Config.load`.
 """
@@ -12,29 +13,18 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sotto import config_file
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")
-    return value
+from sotto.config_base import Count, Fraction, Natural, Positive, Real, Section
+from sotto.config_split import CentralSetting, SplitSetting
 
 
 def _whole_number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Real, Field(gt=0)]
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
-Fraction = Annotated[Real, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+Setting = Annotated[CentralSetting | SplitSetting, Field(discriminator="kind")]
 
 
 class ModelSection(Section):
@@ -194,7 +184,7 @@ class RunSection(Section):
     """Number of optimizer steps; or give epochs."""
     epochs: Positive | None = None
     """Steps as passes over the units: steps = round(epochs * num_units / expected_batch_size)."""
-    spare_steps: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] | None = None
+    spare_steps: Natural | None = None
     """Steps that are paid for in advance, so that a crash (whose lost steps are charged again) does not shorten the
     run. Default: 2 % of the steps, at least one."""
     learning_rate: Positive = 1e-3
@@ -253,6 +243,7 @@ class Config(Section):
     method: MethodSection = MethodSection()
     run: RunSection
     output: OutputSection = OutputSection()
+    setting: Setting = CentralSetting()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -275,7 +266,22 @@ class Config(Section):
             raise ValueError("method.side_cache stores a frozen model's outputs: it needs method.train: side")
         if self.data.task == "generation" and self.model.pooling == "mean":
             raise ValueError("model.pooling: mean is for classification")
+        if isinstance(self.setting, SplitSetting):
+            self._split_agrees(self.setting)
         return self
+
+    def _split_agrees(self, setting: SplitSetting) -> None:
+        if self.data.task != "classification":
+            raise ValueError("setting.kind: split is for classification: give data.label and data.labels")
+        if self.privacy.private or self.privacy.unit != "record":
+            raise ValueError(
+                "setting.kind: split protects what leaves the customer, by setting.privatizer, each text by itself: "
+                "write privacy.epsilon: none and privacy.unit: record"
+            )
+        if self.method.train in ("side", "reversible"):
+            raise ValueError("setting.kind: split trains the upper part by method.train: lora, full, bitfit or head")
+        if setting.labels == "kept" and self.run.epochs is None:
+            raise ValueError("setting.labels: kept pays for whole passes: give run.epochs instead of run.steps")
 
     @property
     def steps(self) -> int:
