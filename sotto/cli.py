@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from sotto.errors import SottoError
+from sotto.split.cli import app as split_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune language models on sensitive text under a privacy and a memory budget.")  # fmt: skip
+app.add_typer(split_app, name="split")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as 'sotto init' writes it.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

@@ -24,7 +24,11 @@ def _whole_number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Setting = Annotated[CentralSetting | SplitSetting, Field(discriminator="kind")]
+def _central_by_default(value: Any) -> Any:
+    return {"kind": "central", **value} if isinstance(value, dict) else value
+
+
+Setting = Annotated[CentralSetting | SplitSetting, Field(discriminator="kind"), BeforeValidator(_central_by_default)]
 
 
 class ModelSection(Section):
@@ -280,8 +284,6 @@ class Config(Section):
             )
         if self.method.train in ("side", "reversible"):
             raise ValueError("setting.kind: split trains the upper part by method.train: lora, full, bitfit or head")
-        if setting.labels == "kept" and self.run.epochs is None:
-            raise ValueError("setting.labels: kept pays for whole passes: give run.epochs instead of run.steps")
 
     @property
     def steps(self) -> int:

@@ -28,23 +28,24 @@ from sotto.split.parts import Bottom, Top
 
 LAYERS = 3
 ENCODER: dict[str, Any] = tiny_models.ENCODER | {"num_hidden_layers": LAYERS}
+NAMES: Any = {0: "a", 1: "b", 2: "c"}
 FAMILIES = ["bert", "roberta", "gpt2", "llama", "pooled"]
 
 
 def build(family: str, seed: int = 5) -> torch.nn.Module:
+    named: dict[str, Any] = ENCODER | {"id2label": NAMES}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "bert":
-            model = BertForSequenceClassification(BertConfig(**ENCODER, num_labels=3))
+            model = BertForSequenceClassification(BertConfig(**named))
         elif family == "roberta":
-            special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-            model = RobertaForSequenceClassification(RobertaConfig(**ENCODER, **special, num_labels=3))
+            special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+            model = RobertaForSequenceClassification(RobertaConfig(**named, **special))
         elif family == "gpt2":
-            shape = {"vocab_size": 100, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
-            model = GPT2ForSequenceClassification(GPT2Config(**shape, pad_token_id=0, num_labels=3))
+            shape: dict[str, Any] = {"vocab_size": 100, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
+            model = GPT2ForSequenceClassification(GPT2Config(**shape, pad_token_id=0, id2label=NAMES))
         else:
-            config = LlamaConfig(**ENCODER, num_key_value_heads=2, pad_token_id=0, num_labels=3)
-            model = LlamaForSequenceClassification(config)
+            model = LlamaForSequenceClassification(LlamaConfig(**named, num_key_value_heads=2, pad_token_id=0))
     return model.eval()
 
 
@@ -109,13 +110,13 @@ def test_the_hash_knows_every_bit_and_the_place_of_the_cut() -> None:
     assert first != Bottom(build("bert", seed=6), 1).sha256()
     for name in Bottom(build("bert"), 1).names:
         other = build("bert")
-        weight = dict(other.named_parameters())[name].data
+        weight: torch.Tensor = dict(other.named_parameters())[name].data
         flat = weight.view(-1)
         flat[-1] = torch.nextafter(flat[-1], torch.tensor(torch.inf))
         assert Bottom(other, 1).sha256() != first, name
     above = build("bert")
     with torch.no_grad():
-        dict(above.named_parameters())["bert.encoder.layer.1.output.dense.bias"] += 1
+        dict(above.named_parameters())["bert.encoder.layer.1.output.dense.bias"].add_(1)
     assert Bottom(above, 1).sha256() == first, "the customer neither has nor checks what lies above"
 
 
