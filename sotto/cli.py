@@ -185,13 +185,19 @@ def audit(
     canaries: Annotated[int, typer.Option(min=8, help="For a configuration: how many.")] = 5000,
     limit: Annotated[int, typer.Option(min=8, help="For a run: examples of each kind.")] = 2000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
+    split: Annotated[bool, typer.Option("--split", help="Attack what the customer of a split run would send.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Attack your own training: what an attack proves, beside what is promised. Exits with 2 if it proves more."""
     from sotto import commands
 
     is_run = target.is_dir()
-    report = commands.audit(commands.find_run(target) if is_run else _load(target, set), canaries, limit, confidence)
+    attacked = commands.find_run(target) if is_run else _load(target, set)
+    if split:
+        from sotto.split.customer import setting_of
+
+        setting_of(_load(target, set))
+    report = commands.audit(attacked, canaries, limit, confidence)
     _print_json(report.to_dict()) if as_json else print(report.render())
     if report.bug:
         sys.exit(2)

@@ -17,6 +17,7 @@ from sotto.errors import SottoError, did_you_mean
 
 if TYPE_CHECKING:
     from sotto.auditing.report import AuditReport
+    from sotto.auditing.split import SplitReport
     from sotto.data import DataReport
     from sotto.privacy.plan import Plan
 
@@ -175,14 +176,15 @@ def evaluate(path: str | Path, data: str | None = None, batch_size: int = 64) ->
 
 def audit(
     target: ConfigLike | str | Path, canaries: int = 5000, limit: int = 2000, confidence: float = 0.95
-) -> AuditReport:
+) -> AuditReport | SplitReport:
     """Attacks one's own training, and sets what the attack proves beside what was promised.
 
     Args:
       target: a configuration: a whole run's releases are attacked with canaries, without touching data or model. Or a
-        run folder: its model is attacked with the training data and `data.eval`; the numbers are private.
+        run folder: its model is attacked with the training data and `data.eval`; the numbers are private. Or the
+        configuration of a split run: what the customer would send is attacked; these numbers are private too.
       canaries: how many, for a configuration.
-      limit: examples of each kind, for a run.
+      limit: examples of each kind, for a run; texts that the attackers know, for a split run.
       confidence: of the lower bounds.
 
     Returns:
@@ -192,9 +194,14 @@ def audit(
         from sotto.auditing.membership import audit_membership
 
         return audit_membership(Path(target), limit, confidence)
+    config = _config(target)
+    if config.setting.kind == "split":
+        from sotto.auditing.split import audit_split
+
+        return audit_split(config, limit)
     from sotto.auditing.mechanism import audit_mechanism
 
-    return audit_mechanism(_config(target), canaries, confidence)
+    return audit_mechanism(config, canaries, confidence)
 
 
 def generate(

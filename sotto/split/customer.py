@@ -83,14 +83,21 @@ class Customer:
         count, size = len(data.examples), self.setting.chunk_examples
         sizes = [min(size, count - start) for start in range(0, count, size)]
         about = {"data": _digest(data), "setting": self.setting.model_dump(mode="json", exclude={"role"})}
-        choice = folder.with_name(folder.name + ".choice.json")
-        self._exempt = self._choose(data, choice)
-        self._privatizer = self._make()
+        self.settle(data, folder.with_name(folder.name + ".choice.json"))
         self.outbox = Outbox.fill(
             folder, self.agreement, about, sizes, lambda i: self._piece(data.examples, i * size, sizes[i])
         )
-        self.data = data
         return self.outbox
+
+    def settle(self, data: LoadedData, stored: Path | None = None) -> None:
+        """Fixes which words are exempt, and with that the privatizer. Nothing leaves by it.
+
+        Args:
+          stored: where a private choice is kept, or None where it is for this process alone.
+        """
+        self.data = data
+        self._exempt = self._choose(data, stored)
+        self._privatizer = self._make()
 
     def query(self, examples: Examples, chosen: np.ndarray) -> Piece:
         """Privatizes texts that are to be classified. Every call is a new release of them. No label goes along."""
@@ -143,14 +150,14 @@ class Customer:
         unused |= {i for token, i in vocabulary.items() if token.startswith("[unused")}
         return sorted(set(self.tokenizer.all_special_ids) | unused)
 
-    def _choose(self, data: LoadedData, stored: Path) -> Exempt:
+    def _choose(self, data: LoadedData, stored: Path | None) -> Exempt:
         """Which tokens are exempt. A private choice is made once and stored, as the noise of the texts is."""
         if self.setting.exempt == "none":
             return Exempt()
         if self.setting.exempt == "list":
             assert self.setting.exempt_file is not None
             return Exempt(self._mask(self._listed(Path(self.setting.exempt_file))))
-        if stored.exists():
+        if stored is not None and stored.exists():
             known = json.loads(stored.read_text())
             if known["data"] == _digest(data):
                 return Exempt(self._mask(known["tokens"]), known["epsilon"])
@@ -172,7 +179,8 @@ class Customer:
             noise=self.noise,
         )
         values = {"data": _digest(data), "tokens": chosen.tokens.tolist(), "epsilon": chosen.epsilon}
-        write_private(stored, json.dumps(values).encode())
+        if stored is not None:
+            write_private(stored, json.dumps(values).encode())
         return Exempt(self._mask(values["tokens"]), chosen.epsilon)
 
     def _mask(self, tokens: list[int]) -> torch.Tensor:

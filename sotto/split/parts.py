@@ -112,6 +112,14 @@ class Bottom:
             return reached.hidden_BTn
         raise AssertionError("the model did not run its layers")
 
+    def hidden_of_embeddings(self, embeddings_BTn: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, n) hidden states of vectors that stand in the place of token embeddings, with their graph."""
+        try:
+            self.model(inputs_embeds=embeddings_BTn, attention_mask=mask_BT)
+        except _Reached as reached:
+            return reached.hidden_BTn
+        raise AssertionError("the model did not run its layers")
+
     @property
     def table_Vn(self) -> torch.Tensor:
         """The table of token embeddings: (V, n)."""
