@@ -126,29 +126,40 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
-    """Accuracy against empirical privacy: open marks for the nearest neighbour, filled for the strongest attack."""
-    import matplotlib
+COLOURS = {0: "#1f77b4", 2: "#ff7f0e", 4: "#2ca02c"}
+WIDTH, HEIGHT, MARGIN = 720, 440, 50
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    colours = {0: "tab:blue", 2: "tab:orange", 4: "tab:green"}
+def plot(points: Sequence[Point]) -> str:
+    """Accuracy against empirical privacy as SVG: open marks for the nearest neighbour, filled for the strongest."""
+    low = min(p["accuracy"] for p in points) - 0.02
+    high = max(p["accuracy"] for p in points) + 0.02
+
+    def x(privacy: float) -> float:
+        return MARGIN + privacy * (WIDTH - 2 * MARGIN)
+
+    def y(accuracy: float) -> float:
+        return HEIGHT - MARGIN - (accuracy - low) / (high - low) * (HEIGHT - 2 * MARGIN)
+
+    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    for tick in range(11):
+        parts.append(f'<text x="{x(tick / 10):.0f}" y="{HEIGHT - 30}" text-anchor="middle">{tick / 10:g}</text>')
+        value = low + tick / 10 * (high - low)
+        parts.append(f'<text x="{MARGIN - 6}" y="{y(value):.0f}" text-anchor="end">{value:.2f}</text>')
+    words = "empirical privacy (open: nearest neighbour; filled: strongest attack), against accuracy; colour: layer"
+    parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 10}">{words}</text>')
     for p in points:
         if not p["recovered"]:
             continue
         near, best = 1 - p["recovered"]["nearest neighbour"], 1 - max(p["recovered"].values())
-        colour = colours.get(p["layer"], "grey")
-        axes.plot([near, best], [p["accuracy"]] * 2, color=colour, alpha=0.3)
-        axes.plot(near, p["accuracy"], "o", color=colour, fillstyle="none")
-        axes.plot(best, p["accuracy"], "o", color=colour)
-        axes.annotate(f"{p['layer']}: {label(p)}", (best, p["accuracy"]), fontsize=6)
-    axes.set_xlabel("empirical privacy: part of the tokens not recovered (open: nearest neighbour; filled: strongest)")
-    axes.set_ylabel("accuracy")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+        colour, height = COLOURS[p["layer"]], y(p["accuracy"])
+        parts.append(f'<path d="M{x(near):.1f} {height:.1f}H{x(best):.1f}" stroke="{colour}" opacity="0.4"/>')
+        parts.append(f'<circle cx="{x(near):.1f}" cy="{height:.1f}" r="4" stroke="{colour}" fill="none"/>')
+        parts.append(f'<circle cx="{x(best):.1f}" cy="{height:.1f}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{x(best) + 6:.1f}" y="{height - 4:.1f}">{p["layer"]}: {label(p)}</text>')
+    body = "\n".join(parts)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-size="10">'
+    return f"{head}\n{body}\n</svg>\n"
 
 
 def main() -> None:
@@ -174,7 +185,7 @@ def main() -> None:
             file.write(json.dumps(points[-1]) + "\n")
         print(json.dumps(points[-1]), flush=True)
         (arguments.out / "table.md").write_text(table(points), encoding="utf-8")
-    plot(points, arguments.out / "split.png")
+    (arguments.out / "split.svg").write_text(plot(points), encoding="utf-8")
     print(table(points))
 
 

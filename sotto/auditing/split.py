@@ -140,8 +140,9 @@ def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: 
     """Attack -> part of the target's tokens that it recovers."""
     bottom, view = customer.bottom, fresh()
     table, most = bottom.table_Vn, max(target.ids_ET.shape[1], view.ids_ET.shape[1])
-    known = view.ids_ET[view.mask_ET.bool()].unique()
-    by_distance = inversion.Nearest(bottom, known[~torch.isin(known, torch.tensor(customer.special))], most)
+    ordinary = torch.ones(len(table), dtype=torch.bool)
+    ordinary[customer.special] = False
+    by_distance = inversion.Nearest(bottom, torch.nonzero(ordinary).flatten())
 
     def as_rows(view: View) -> torch.Tensor:
         return table[view.values] if view.ids_sent else view.values

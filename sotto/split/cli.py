@@ -20,6 +20,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Resume = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="A run folder to go on with.")]
 
 
+Certificate = Annotated[Path | None, typer.Option(help="This side's certificate, PEM.")]
+Key = Annotated[Path | None, typer.Option(help="Its private key, PEM.")]
+Authority = Annotated[Path | None, typer.Option(help="The authority that signed the other side's, PEM.")]
+Plaintext = Annotated[bool, typer.Option("--plaintext-on-loopback", help="No TLS. Between processes of this machine.")]
+
+
+def _certificates(certificate: Path | None, key: Path | None, authority: Path | None) -> Any:
+    from sotto.split.network import Certificates
+
+    return Certificates(certificate, key, authority) if certificate and key and authority else None
+
+
 def _load(path: Path, sets: list[str] | None) -> Any:
     from sotto.config import Config
 
@@ -49,3 +61,50 @@ def simulate(config: ConfigPath, set: Sets = None, resume: Resume = None) -> Non
     if run.accuracy is not None:
         print(f"accuracy    {run.accuracy:.4f}   (an exact function of the evaluation data)")
     print(f"run folder: {run.path}")
+
+
+@app.command()
+def vendor(
+    config: ConfigPath,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:9443",
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    plaintext: Plaintext = False,
+    resume: Resume = None,
+    set: Sets = None,
+) -> None:
+    """Serve one customer: take its upload, train the top, score its queries. Ctrl-C ends it."""
+    from sotto.split import sides
+
+    def ready(run: Path, port: int) -> None:
+        print(f"listening on port {port}; run folder: {run}", flush=True)
+
+    certificates = _certificates(certificate, key, authority)
+    sides.vendor(_load(config, set), config.stem, listen, certificates, plaintext, resume, ready)
+
+
+@app.command()
+def customer(
+    config: ConfigPath,
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="The vendor.")],
+    certificate: Certificate = None,
+    key: Key = None,
+    authority: Authority = None,
+    plaintext: Plaintext = False,
+    resume: Resume = None,
+    set: Sets = None,
+) -> None:
+    """Privatize the data, send it once, and ask for the scores of data.eval."""
+    from sotto.split import sides
+
+    def ready(run: Path) -> None:
+        print(f"run folder: {run}", flush=True)
+
+    certificates = _certificates(certificate, key, authority)
+    _, accuracy, words = sides.customer(
+        _load(config, set), config.stem, connect, certificates, plaintext, resume, ready
+    )
+    print(words)
+    if accuracy is not None:
+        print(f"accuracy    {accuracy:.4f}   (an exact function of the evaluation data)")

@@ -70,6 +70,7 @@ class Customer:
         self.bottom, self.tokenizer, self.noise = bottom, tokenizer, noise
         self.agreement = agreement(config, bottom)
         self.outbox: Outbox | None = None
+        self._queried = 0
         self._exempt = Exempt()
         self._privatizer: privatizers.Privatizer | None = None
 
@@ -102,7 +103,8 @@ class Customer:
     def query(self, examples: Examples, chosen: np.ndarray) -> Piece:
         """Privatizes texts that are to be classified. Every call is a new release of them. No label goes along."""
         assert self._privatizer is not None, "prepare first: the exempt words are those of the training"
-        lengths, values = self._release(examples, chosen, step=QUERIES)
+        lengths, values = self._release(examples, chosen, step=QUERIES + self._queried)
+        self._queried += len(chosen)
         return Piece(lengths, None, values)
 
     def _piece(self, examples: Examples, start: int, count: int) -> Piece:

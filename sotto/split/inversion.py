@@ -10,13 +10,12 @@ Shape legend: E texts, T positions, n width, C candidate tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from sotto.models import support
-from sotto.split.metric import nearest
 from sotto.split.parts import Bottom
 from sotto.split.view import View
 
@@ -88,10 +87,11 @@ def train_inverter(
     generator = torch.Generator().manual_seed(seed)
     for number in range(passes):
         view = fresh() if number else view
+        rows_ETn = rows(view)
         for chosen in torch.randperm(len(view.ids_ET), generator=generator).split(BATCH):
             part = view.part(chosen)
             keep = part.mask_ET.bool()
-            scores = network(rows(part), part.mask_ET)[keep]
+            scores = network(rows_ETn[chosen, : keep.shape[1]], part.mask_ET)[keep]
             optimizer.param_groups[0]["lr"] = rate * (1 - step / total)
             optimizer.zero_grad()
             nn.functional.cross_entropy(scores, index[part.ids_ET[keep]]).backward()
@@ -103,31 +103,36 @@ def train_inverter(
 class Nearest:
     """Gives for each row the token whose representation without a context is nearest; ids that were sent, as they are.
 
-    At layer 0 a token's representation depends on nothing but its place, so there is a table for every place. Above, it
-    is the token's behind itself, which is all that an attacker without a context can compare with.
+    At layer 0 a token's representation depends on nothing but its place, so rows are compared with every token at their
+    own place. Above, they are compared with the token behind itself, which is all that is known without a context.
     """
 
-    def __init__(self, bottom: Bottom, candidates_C: torch.Tensor, most: int):
-        places = most if bottom.layer == 0 else 2
-        parts = []
-        for some in candidates_C.split(max(1, 8192 // places)):
+    def __init__(self, bottom: Bottom, tokens_V: torch.Tensor):
+        self.bottom, self.tokens_V = bottom, tokens_V
+        self._stored = list(self._tables(2)) if bottom.layer else []
+
+    def _tables(self, places: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(some tokens, their representations at every place (C, places, n)); all places at once do not fit."""
+        for some in self.tokens_V.split(max(1, 65536 // places)):
             ids = some[:, None].expand(-1, places)
-            parts.append(bottom.hidden({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-        self._table_CPn = torch.cat(parts)
-        self._first = 0 if bottom.layer == 0 else 1
-        self.candidates_C = candidates_C
+            yield some, self.bottom.hidden({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     @torch.no_grad()
     def guess(self, view: View) -> torch.Tensor:
         """(E, T) tokens."""
         if view.ids_sent:
             return view.values
-        guesses = torch.zeros_like(view.ids_ET)
-        last = self._table_CPn.shape[1] - 1
-        for place in range(view.ids_ET.shape[1]):
-            there = view.mask_ET[:, place].bool()
-            table_Cn = self._table_CPn[:, min(max(place, self._first), last)]
-            guesses[there, place] = self.candidates_C[nearest(view.values[there, place], table_Cn)]
+        guesses, places = torch.zeros_like(view.ids_ET), view.ids_ET.shape[1]
+        best_ET = torch.full(guesses.shape, -torch.inf)
+        for some, hidden_CPn in self._stored or self._tables(places):
+            for place in range(places):
+                there = view.mask_ET[:, place].bool()
+                table_Cn = hidden_CPn[:, place if self.bottom.layer == 0 else 1]
+                fit = view.values[there, place] @ table_Cn.T - table_Cn.square().sum(dim=1) / 2
+                value, index = fit.max(dim=1)
+                better = value > best_ET[there, place]
+                best_ET[there, place] = torch.where(better, value, best_ET[there, place])
+                guesses[there, place] = torch.where(better, some[index], guesses[there, place])
         return guesses
 
 

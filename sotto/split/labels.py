@@ -86,6 +86,11 @@ class LabelKeeper:
         self.std = LABEL_DISTANCE * math.sqrt(uses) / gaussian_mu(epsilon, delta)
         self.epsilon = gaussian_epsilon(LABEL_DISTANCE * math.sqrt(uses) / self.std, delta)
 
+    def spend(self, examples_B: torch.Tensor) -> None:
+        """Counts an answer for each of the examples."""
+        self._left[examples_B.to(torch.int64)] -= 1
+        self.answers += 1
+
     def answer(self, examples_B: torch.Tensor, scores_BK: torch.Tensor) -> torch.Tensor:
         """Noised gradients of the summed cross-entropy with respect to the scores: (B, K) float32.
 
@@ -110,8 +115,7 @@ class LabelKeeper:
                 why="every answer tells something about a label, and only so many are paid for",
                 fix="stop; if this was no mistake, the vendor does not follow the protocol",
             )
-        self._left[examples] -= 1
-        self.answers += 1
+        self.spend(examples)
         gradient = scores_BK.double().softmax(dim=1)
         gradient[torch.arange(len(examples)), self._labels[examples]] -= 1.0
         shape = tuple(gradient.shape)

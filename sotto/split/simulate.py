@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sotto.split.cache import Inbox, Representations
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.labels import LabelKeeper
 from sotto.split.vendor import Vendor, passes
+from sotto.split.wire import Piece
 
 
 @dataclass
@@ -93,8 +95,9 @@ def simulate(config: Config, stem: str = "run", path: Path | None = None) -> Spl
             inbox.accept(inbox.received, outbox.read(inbox.received))
         keeper = label_keeper(config, customer) if setting_of(config).labels == "kept" else None
         vendor.train(inbox.open_all(), run.checkpoints, keeper.answer if keeper else None)
-        accuracy = evaluate(customer, vendor) if has_eval(config.data) else None
-        return finish(run, config, customer, vendor, accuracy)
+        accuracy = evaluate(customer, lambda piece: ask_directly(vendor, piece)) if has_eval(config.data) else None
+        words, facts = write_statement(run, config, customer, accuracy)
+    return SplitRun(run.path, accuracy, words, facts, customer, vendor)
 
 
 def label_keeper(config: Config, customer: Customer) -> LabelKeeper:
@@ -106,37 +109,46 @@ def label_keeper(config: Config, customer: Customer) -> LabelKeeper:
     return LabelKeeper(torch.from_numpy(labels), classes, uses, setting.label_epsilon, setting.delta, customer.noise)
 
 
-def evaluate(customer: Customer, vendor: Vendor, limit: int | None = None) -> float:
-    """Accuracy on `data.eval`: each text is privatized, sent without its label, scored, and answered."""
+def evaluate(customer: Customer, ask: Callable[[Piece], torch.Tensor]) -> float:
+    """Accuracy on `data.eval`: each text is privatized, sent without its label, scored, and answered.
+
+    Args:
+      ask: from a query to (E, K) scores: the vendor.
+    """
     examples = load_dataset_for(customer.config, customer.tokenizer, "eval").examples
-    chosen = np.arange(len(examples))[:limit]
-    asked = query(customer, vendor, examples, chosen)
     assert examples.labels is not None
-    return float((vendor.predict(asked).argmax(dim=1).numpy() == examples.labels[chosen]).mean())
+    hits, size = 0, customer.setting.chunk_examples
+    for start in range(0, len(examples), size):
+        chosen = np.arange(start, min(start + size, len(examples)))
+        scores = ask(customer.query(examples, chosen))
+        hits += int((scores.argmax(dim=1).numpy() == examples.labels[chosen]).sum())
+    return hits / len(examples)
 
 
-def query(customer: Customer, vendor: Vendor, examples: Any, chosen: np.ndarray) -> Representations:
-    """Texts to classify, as the vendor gets them: encoded, checked and decoded like the training data."""
+def ask_directly(vendor: Vendor, piece: Piece) -> torch.Tensor:
+    """(E, K) scores of a query that is encoded, checked and decoded as if it had been sent."""
     agreed = wire.without_labels(vendor.agreement)
-    piece = customer.query(examples, chosen)
     data = wire.encode(piece)
-    return Representations([wire.decode(data, wire.facts_of(piece, data), agreed)], agreed)
+    return vendor.predict(Representations([wire.decode(data, wire.facts_of(piece, data), agreed)], agreed))
 
 
-def finish(run: RunDir, config: Config, customer: Customer, vendor: Vendor, accuracy: float | None) -> SplitRun:
-    """Writes the statement and what is known about the run."""
+def write_statement(
+    run: RunDir, config: Config, customer: Customer, accuracy: float | None
+) -> tuple[str, dict[str, Any]]:
+    """Writes what is promised about what left, in words and for machines, and returns both."""
     facts = customer.facts()
     words = statement.text(facts)
     if config.run.debug_noise_seed is not None:
         words = "NOT PRIVATE: run.debug_noise_seed is set, so the noise can be recomputed.\n\n" + words
+    assert customer.outbox is not None
     values = {
         **facts.to_dict(),
         "private": facts.protected and config.run.debug_noise_seed is None,
-        "steps": vendor.step,
-        "upload_bytes": customer.outbox.bytes if customer.outbox else 0,
+        "steps": config.steps,
+        "upload_bytes": customer.outbox.bytes,
     }
-    run.write("statement.txt", words)
-    run.write("privacy.json", json.dumps(values, indent=2) + "\n")
     if accuracy is not None:
         run.write("private/accuracy.json", json.dumps({"accuracy": accuracy}) + "\n", private=True)
-    return SplitRun(run.path, accuracy, words, values, customer, vendor)
+    run.write("statement.txt", words)
+    run.write("privacy.json", json.dumps(values, indent=2) + "\n")
+    return words, values

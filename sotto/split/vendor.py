@@ -78,6 +78,8 @@ class Vendor:
         if checkpoints is not None:
             self._restore(checkpoints)
         every = self.config.run.checkpoint_every or max(1, self.config.steps // 10)
+        if answer is not None:
+            every = 1  # a step that is done again would ask for answers that are not paid for
         self.top.train(self.config.method.dropout)
         for step, chosen in self._batches(len(sent)):
             loss = self._one(sent, chosen, answer)

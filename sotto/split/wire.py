@@ -104,10 +104,11 @@ class Manifest:
         for name in sorted(wanted.keys() | agreement.keys()):
             if type(agreement.get(name)) is not type(wanted.get(name)) or agreement[name] != wanted[name]:
                 refuse(f"'{name}' is not what this side has", name)
-        return cls(expected, tuple(_piece(piece, expected) for piece in pieces))
+        return cls(expected, tuple(check_piece(piece, expected) for piece in pieces))
 
 
-def _piece(given: Any, agreement: Agreement) -> PieceFacts:
+def check_piece(given: Any, agreement: Agreement) -> PieceFacts:
+    """A line of a manifest, or the head of a query. Raises SOT820 if its sizes cannot be."""
     if not isinstance(given, dict) or given.keys() != {"examples", "rows", "sha256"}:
         refuse("a piece is not described as agreed")
     examples, rows, sha256 = given["examples"], given["rows"], given["sha256"]
