@@ -55,12 +55,20 @@ def row(name: str, field: Any) -> str:
 def render() -> str:
     parts = [HEAD]
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        parts += [f"## {name}", "", (section.__doc__ or "").strip(), "", "| key | default | meaning |", "|---|---|---|"]
-        parts += [row(key, info) for key, info in section.model_fields.items()]
-        parts.append("")
+        for section in get_args(field.annotation) or (field.annotation,):
+            assert isinstance(section, type)
+            assert issubclass(section, Section)
+            if list(section.model_fields) == ["kind"]:
+                continue  # the default of a union: it has nothing to set
+            title = (
+                f"{name} (kind: {get_args(section.model_fields['kind'].annotation)[0]})"
+                if section is not field.annotation
+                else name
+            )
+            parts += [f"## {title}", "", (section.__doc__ or "").strip(), ""]
+            parts += ["| key | default | meaning |", "|---|---|---|"]
+            parts += [row(key, info) for key, info in section.model_fields.items()]
+            parts.append("")
     return "\n".join(parts)
 
 

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from sotto.errors import SottoError
+from sotto.split.cli import app as split_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune language models on sensitive text under a privacy and a memory budget.")  # fmt: skip
+app.add_typer(split_app, name="split")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as 'sotto init' writes it.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -201,6 +203,7 @@ def audit(
     ] = None,
     limit: Annotated[int, typer.Option(min=8, help="For a run: examples of each kind.")] = 2000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
+    split: Annotated[bool, typer.Option("--split", help="Attack what the customer of a split run would send.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Attack your own training: what an attack proves, beside what is promised. Exits with 2 if it proves more."""
@@ -208,6 +211,10 @@ def audit(
 
     is_run = target.is_dir()
     aim = commands.find_run(target) if is_run else _load(target, set)
+    if split:
+        from sotto.split.customer import setting_of
+
+        setting_of(_load(target, set))
     report = commands.audit(aim, canaries, plant, limit, confidence)
     _print_json(report.to_dict()) if as_json else print(report.render())
     if report.bug:

@@ -17,6 +17,7 @@ from sotto.errors import SottoError, did_you_mean
 
 if TYPE_CHECKING:
     from sotto.auditing.report import AuditReport
+    from sotto.auditing.split import SplitReport
     from sotto.data import DataReport
     from sotto.memory_budget import MemoryTable
     from sotto.models.source import ModelFacts
@@ -214,16 +215,17 @@ def audit(
     plant: int | None = None,
     limit: int = 2000,
     confidence: float = 0.95,
-) -> AuditReport:
+) -> AuditReport | SplitReport:
     """Attacks one's own training, and sets what the attack proves beside what was promised.
 
     Args:
       target: a configuration: a whole run's releases are attacked with canaries, without touching data or model. Or a
-        run folder: its model is attacked with the training data and `data.eval`; the numbers are private.
+        run folder: its model is attacked with the training data and `data.eval`; the numbers are private. Or the
+        configuration of a split run: what the customer would send is attacked; these numbers are private too.
       canaries: how many, for a configuration.
       plant: for a configuration: trains it instead, charged like any run, with half of so many canaries of random
         tokens among the units, and attacks the result.
-      limit: examples of each kind, for a run.
+      limit: examples of each kind, for a run; texts that the attackers know, for a split run.
       confidence: of the lower bounds.
 
     Returns:
@@ -233,13 +235,18 @@ def audit(
         from sotto.auditing.membership import audit_membership
 
         return audit_membership(Path(target), limit, confidence)
+    config = _config(target)
+    if config.setting.kind == "split":
+        from sotto.auditing.split import audit_split
+
+        return audit_split(config, limit)
     if plant is not None:
         from sotto.auditing.planting import audit_by_planting
 
-        return audit_by_planting(_config(target), plant, confidence)
+        return audit_by_planting(config, plant, confidence)
     from sotto.auditing.mechanism import audit_mechanism
 
-    return audit_mechanism(_config(target), canaries, confidence)
+    return audit_mechanism(config, canaries, confidence)
 
 
 def generate(

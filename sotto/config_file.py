@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -214,7 +214,9 @@ def _expand(values: dict[str, Any], source: Source) -> dict[str, Any]:
 
 def _path(problem: Any) -> tuple[str, ...]:
     """The keys that lead to a problem, without pydantic's names for the branches of a union."""
-    return tuple(str(p) for p in problem["loc"] if not str(p).startswith(("function-", "constrained", "literal[")))
+    keys = [str(p) for p in problem["loc"] if not str(p).startswith(("function-", "constrained", "literal["))]
+    # A union that is told apart by `kind` has the kind after its own key.
+    return tuple(keys[:1] + keys[2:] if keys[:1] == ["setting"] and len(keys) > 1 else keys)
 
 
 def _explain(cls: type[BaseModel], problem: Any, source: Source, count: int) -> SottoError:
@@ -251,9 +253,8 @@ def _explain(cls: type[BaseModel], problem: Any, source: Source, count: int) -> 
 
 
 def _fields(cls: type[BaseModel], path: tuple[str, ...]) -> list[str]:
-    for name in path:
-        annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        cls = annotation
-    return list(cls.model_fields)
+    if not path:
+        return list(cls.model_fields)
+    annotation = cls.model_fields[path[0]].annotation if path[0] in cls.model_fields else None
+    sections = [s for s in (annotation, *get_args(annotation)) if isinstance(s, type) and issubclass(s, BaseModel)]
+    return list(dict.fromkeys(field for section in sections for field in _fields(section, path[1:])))

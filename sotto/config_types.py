@@ -21,6 +21,7 @@ def whole_number_as_text(value: Any) -> Any:
 Real = Annotated[float, BeforeValidator(not_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB)")
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
@@ -166,9 +166,9 @@ def test_to_dict_and_back() -> None:
 
 def test_every_key_is_documented() -> None:
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        assert section.__doc__, name
-        for key, info in section.model_fields.items():
-            assert info.description, f"{name}.{key}"
+        for section in get_args(field.annotation) or (field.annotation,):
+            assert isinstance(section, type)
+            assert issubclass(section, Section)
+            assert section.__doc__, name
+            for key, info in section.model_fields.items():
+                assert info.description, f"{name}.{key}"

@@ -37,10 +37,14 @@ def parse(command: str) -> None:
     """Parses a `sotto` command against the real command line, without running it. Raises what the parser raises."""
     words = shlex.split(command.split(" > ")[0], comments=True)
     assert words[0] == "sotto"
-    name, arguments = words[1], words[2:]
-    assert name in COMMANDS.commands, f"there is no command {name}"
+    group, name, arguments = COMMANDS, words[1], words[2:]
+    while True:
+        assert name in group.commands, f"there is no command {name}"
+        if not hasattr(group.commands[name], "commands"):
+            break
+        group, name, arguments = group.commands[name], arguments[0], arguments[1:]
     if arguments != ["--help"]:
-        COMMANDS.commands[name].make_context(name, list(arguments))
+        group.commands[name].make_context(name, list(arguments))
 
 
 def sotto_commands() -> list[Any]:
@@ -67,6 +71,8 @@ def test_the_command_parses(command: str) -> None:
     "command",
     [
         "sotto trian clinic.yaml",
+        "sotto split simulat clinic.yaml",
+        "sotto split simulate",
         "sotto plan",
         "sotto plan clinic.yaml --epsilon 4",
         "sotto init --model m --data d --units u",

@@ -1,0 +1,183 @@
+"""The audit of a split run: every attack that Sotto has on what a customer would send, and what is left of privacy.
+
+Empirical privacy is the part of the tokens that an attack does *not* recover. It is stated against the strongest of the
+attacks, because a number against a weak one says nothing: depth alone, without any noise, looks private to the nearest
+neighbour. It bounds nothing. A better attack may do better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sotto.config import Config
+from sotto.data.load import load_dataset_for
+from sotto.errors import SottoError
+from sotto.privacy.noise import NoiseSource, SecureNoise
+from sotto.split import inference, inversion
+from sotto.split.customer import Customer, load_bottom, setting_of
+from sotto.split.labels import LabelKeeper
+from sotto.split.vendor import passes as passes_of
+from sotto.split.view import View, look, success
+
+SEARCHED = 40
+"""Texts that the gradient search is tried on: it runs the bottom forwards and backwards many times for each."""
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What the attacks found.
+
+    Attributes:
+      privatizer, layer: what was attacked.
+      recovered: attack -> part of the tokens that it recovered; exempt and special ones apart.
+      baseline: the part that naming the commonest token every time recovers.
+      exempt: the part of all tokens that is exempt, and therefore disclosed.
+      attribute, attribute_baseline: accuracy of inferring a text's class from what was sent, and of the best guess.
+      labels: accuracy of inferring kept labels from all answers; None where they are not kept.
+      texts, tokens: attacked.
+      notes: what has to be known to read them.
+    """
+
+    privatizer: str
+    layer: int
+    recovered: dict[str, float]
+    baseline: float
+    exempt: float
+    attribute: float
+    attribute_baseline: float
+    labels: float | None
+    texts: int
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def strongest(self) -> str:
+        """The attack that recovered most, or `none` where no attack recovers tokens one by one."""
+        return max(self.recovered, key=self.recovered.__getitem__, default="none")
+
+    @property
+    def empirical_privacy(self) -> float | None:
+        """1 - the success of the strongest attack."""
+        return 1 - max(self.recovered.values()) if self.recovered else None
+
+    bug = False
+    """No bound is promised that these attacks could refute."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "strongest": self.strongest, "empirical_privacy": self.empirical_privacy}
+
+    def render(self) -> str:
+        """As text for a terminal."""
+        lines = [
+            f"attacked         '{self.privatizer}' at layer {self.layer}: {self.texts:,} texts, {self.tokens:,} tokens"
+        ]
+        for name, part in sorted(self.recovered.items(), key=lambda item: -item[1]):
+            lines.append(f"  {name:<22} recovered {part:.1%} of the tokens")
+        if self.recovered:
+            lines.append(f"  {'(commonest token)':<22} recovered {self.baseline:.1%}")
+            lines.append(f"empirical privacy {self.empirical_privacy:.3f}   against the strongest: {self.strongest}")
+        if self.exempt:
+            lines.append(f"exempt words     {self.exempt:.1%} of all tokens, disclosed and not counted above")
+        lines.append(f"class inferred   {self.attribute:.1%}   (best guess {self.attribute_baseline:.1%})")
+        if self.labels is not None:
+            lines.append(f"kept labels      {self.labels:.1%} inferred from the answers")
+        lines += [f"note             {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def audit_split(
+    config: Config, limit: int = 2000, passes: int = 8, noise: NoiseSource | None = None, seed: int = 0
+) -> SplitReport:
+    """Attacks what a customer with this configuration would send. Nothing is sent or stored.
+
+    Args:
+      limit: texts that the attackers know and learn from. A fifth as many others are attacked. Both come from
+        `data.train`: an attacker that has texts of the same source.
+      passes: over the known texts, each under fresh noise.
+
+    Raises:
+      SottoError: SOT800 the configuration is not for a split run, SOT706 there are too few texts.
+    """
+    bottom, tokenizer = load_bottom(config)
+    customer = Customer(config, bottom, tokenizer, noise or SecureNoise())
+    data = load_dataset_for(config, tokenizer, "train")
+    customer.settle(data)
+    order = np.random.default_rng(seed).permutation(len(data.examples))
+    targets = max(1, min(limit // 5, len(order) // 3))
+    attacked, known = order[:targets], order[targets : targets + limit]
+    if len(known) < 8:
+        raise SottoError(
+            "SOT706", what=f"{len(order)} texts are too few to attack some with others", where=config.data.train,
+            why="an attacker that has learnt from nothing finds nothing, which would look like privacy",
+            fix="give a data.train with some hundred texts",
+        )  # fmt: skip
+    target = look(customer, data.examples, attacked)
+    fresh = lambda: look(customer, data.examples, known)  # noqa: E731 - a name for a drawing, not a function's
+    recovered = {} if target.pooled else invert(customer, target, fresh, passes, seed)
+    counted = target.ids_ET[target.counted_ET]
+    classes = len(config.data.labels or ())
+    return SplitReport(
+        privatizer=customer.setting.privatizer,
+        layer=customer.setting.layer,
+        recovered=recovered,
+        baseline=float((counted == counted.mode().values).double().mean()) if len(counted) else 0.0,
+        exempt=float(target.exempt_ET.sum() / target.mask_ET.sum()),
+        attribute=inference.infer_attribute(fresh, target, bottom.table_Vn, classes, passes, seed),
+        attribute_baseline=inference.best_guess(target.labels_E),
+        labels=_kept_labels(config, customer),
+        texts=len(attacked),
+        tokens=len(counted),
+        notes=_notes(target),
+    )
+
+
+def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int = 0) -> dict[str, float]:
+    """Attack -> part of the target's tokens that it recovers."""
+    bottom, view = customer.bottom, fresh()
+    table, most = bottom.table_Vn, max(target.ids_ET.shape[1], view.ids_ET.shape[1])
+    ordinary = torch.ones(len(table), dtype=torch.bool)
+    ordinary[customer.special] = False
+    by_distance = inversion.Nearest(bottom, torch.nonzero(ordinary).flatten())
+
+    def as_rows(view: View) -> torch.Tensor:
+        return table[view.values] if view.ids_sent else view.values
+
+    def decoded(view: View) -> torch.Tensor:
+        return table[by_distance.guess(view)]
+
+    found = {"nearest neighbour": success(by_distance.guess(target), target)}
+    learned = inversion.train_inverter(fresh, as_rows, passes, seed, most=most)
+    found["learned inversion"] = success(learned.guess(target), target)
+    if not target.ids_sent:
+        part = target.part(torch.arange(min(SEARCHED, len(target.ids_ET))))
+        found["search"] = success(inversion.search(part, bottom, learned), part)
+        # Where ids were sent the learned inverter already corrects them by their context.
+        corrector = inversion.train_inverter(fresh, decoded, passes, seed, most=most)
+        found["context correction"] = success(corrector.guess(target), target)
+    return found
+
+
+def _kept_labels(config: Config, customer: Customer) -> float | None:
+    """How many labels an attacker infers from the answers that a customer gives, in a rehearsal with the real ones."""
+    setting = setting_of(config)
+    if setting.labels != "kept":
+        return None
+    labels = customer.data.examples.labels
+    assert labels is not None
+    assert setting.label_epsilon is not None
+    classes, given = customer.agreement.classes, torch.from_numpy(labels)
+    uses = passes_of(config, len(labels))
+    keeper = LabelKeeper(given, classes, uses, setting.label_epsilon, setting.delta, customer.noise)
+    return inference.infer_labels(keeper, given, classes)
+
+
+def _notes(target: View) -> tuple[str, ...]:
+    notes = ["a better attack may find more; this is no bound", "these numbers are functions of private data"]
+    if target.pooled:
+        notes.insert(0, "one row was sent for all tokens of a text: no attack here recovers tokens one by one")
+    return tuple(notes)

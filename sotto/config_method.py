@@ -1,0 +1,116 @@
+"""The section `method`: what is trained, and how the clipped sum of gradients is obtained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sotto.config_types import Count, Fraction, Natural, Positive, Section
+
+
+class MethodSection(Section):
+    """What is trained, and how the clipped sum of gradients is obtained."""
+
+    train: Literal["full", "lora", "bitfit", "head", "side", "reversible"] = "lora"
+    """`full`: all weights. `lora`: low-rank adapters. `bitfit`: biases. `head`: the classification head alone.
+    `side`: a narrow network beside the frozen model, in the memory of inference. `reversible`: the model's layers
+    coupled so that their activations are recomputed, with what `reversible_train` names inside them."""
+    lora_rank: Count = 8
+    """Width of the adapters: each trained matrix of (d, p) becomes rank * (d + p) trained numbers."""
+    lora_alpha: Positive = 16
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get adapters."""
+    lora_init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """Adapter initialisation. Those that look at data (EVA, CorDA, LoRA-GA) are refused: they would not be private."""
+    lora_layers: tuple[int, ...] | None = None
+    """Indices of the blocks that get adapters; all when absent. Fewer upper blocks train faster."""
+    side_reduction: Count = 8
+    """How much narrower a side network is than the model."""
+    side_every: Count = 1
+    """A side layer beside every so many of the model's layers, counted from the last."""
+    side_block: Literal["auto", "layer", "light"] = "auto"
+    """`layer`: the model's own kind of layer at reduced width. `light`: a norm and a low-rank MLP. `auto`: the first of
+    them that fits the model."""
+    side_init: Literal["random", "prune"] = "random"
+    """`random`, or `prune`: the largest rows and columns of the model's own weights. Neither looks at data."""
+    side_cache: bool = False
+    """Store what the frozen model's layers give for each example (`private/activations`, 2 bytes a number, wiped at the
+    end), so that later steps do not run them."""
+    reversible_train: Literal["lora", "bitfit", "full"] = "lora"
+    """What is trained inside the layers of a reversible network."""
+    reversible_streams: Literal["fixed", "float64", "float32", "stored"] = "fixed"
+    """How activations come back. `fixed`: from integers, exactly. `float64`, `float32`: nearly, with anchors, checked.
+    `stored`: from each layer's stored input, exactly, with the model's own function."""
+    gradient: Literal["auto", "per_example", "ghost", "book_keeping", "layerwise", "zeroth_order"] = "auto"
+    """How clipped sums are computed. `auto` is book_keeping: one backward pass. ghost: two, in less memory.
+    per_example: one for each unit; slow, to check the others. These give the same numbers. layerwise clips every layer
+    to clip_norm / sqrt(layers) within one pass: least time and memory, another sum under the same guarantee.
+    zeroth_order needs no backward pass: it learns from losses along random directions, in the memory of inference."""
+    zeroth_preset: Literal["aggzo", "dpzero", "dpzo", "dpzopo"] = "aggzo"
+    """Zeroth order, as published as: `aggzo`, many directions clipped together; `dpzero` and `dpzo`, one direction;
+    `dpzopo`, one direction of few weights, in stages."""
+    zeroth_probes: Count | None = None
+    """Directions in a step, and numbers that it releases. They cost two forward passes each, and no privacy. Default:
+    16 for `aggzo`, else 1."""
+    zeroth_smoothing: Positive = 1e-3
+    """How far the weights are moved along a direction to see how the loss changes. Adapters can take 1e-2."""
+    zeroth_directions: Literal["preset", "rademacher", "gaussian", "sphere", "orthogonal"] = "preset"
+    """The law of the directions. They are public, and drawn from a generator that shares nothing with the noise."""
+    zeroth_rank: Natural = 0
+    """Rank of the directions of matrices; 0 for all entries on their own."""
+    zeroth_noise: Literal["gaussian", "laplace"] = "gaussian"
+    """`laplace` gives pure epsilon-DP, with delta 0: for few steps and few directions."""
+    zeroth_sides: Count = 1
+    """How many perturbed models run in one forward pass: 1, or an even number, for that many times the activations."""
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    """`flat`: scale down to clip_norm. `automatic`: normalise every unit to clip_norm (AUTO-S); nothing to tune.
+    `adaptive`: flat, from clip_norm on, with a threshold that follows a quantile of the norms."""
+    clip_norm: Positive = 1.0
+    """Bound on the norm of one unit's gradient. The noise is proportional to it."""
+    clip_quantile: Annotated[Fraction, Field(gt=0)] = 0.5
+    """Adaptive clipping: the part of the units that should stay unclipped."""
+    clip_share: Annotated[Fraction, Field(gt=0)] = 0.01
+    """Adaptive clipping: the part of each step's privacy that pays for measuring it. Epsilon stays the same, and the
+    noise on the gradients grows by half this part."""
+    dropout: bool = False
+    """Keep the model's dropout. Off by default: noise already regularises."""
+
+    @property
+    def zeroth_order(self) -> bool:
+        return self.gradient == "zeroth_order"
+
+    @property
+    def probes(self) -> int:
+        """Directions in a step, and numbers that it releases; 0 where gradients are released."""
+        if not self.zeroth_order:
+            return 0
+        return self.zeroth_probes or (16 if self.zeroth_preset == "aggzo" else 1)
+
+    @property
+    def laplace(self) -> bool:
+        """Whether releases are covered by Laplace noise, and the guarantee holds at delta 0."""
+        return self.zeroth_order and self.zeroth_noise == "laplace"
+
+    @model_validator(mode="after")
+    def _zeroth_order_fits(self) -> MethodSection:
+        if not self.zeroth_order:
+            return self
+        if self.dropout:
+            raise ValueError("gradient: zeroth_order compares losses, which dropout would drown: set dropout: false")
+        if self.zeroth_sides % 2 and self.zeroth_sides != 1:
+            raise ValueError("zeroth_sides is 1 or an even number: both losses of a direction belong in one pass")
+        if self.side_cache:
+            raise ValueError("side_cache is not for gradient: zeroth_order, which computes frozen layers once anyway")
+        if self.zeroth_rank and self.zeroth_directions in ("sphere", "orthogonal"):
+            raise ValueError("zeroth_rank needs zeroth_directions: rademacher or gaussian")
+        if self.zeroth_preset == "dpzopo" and (self.train != "full" or self.zeroth_rank):
+            raise ValueError(
+                "zeroth_preset: dpzopo picks among the model's weights: it needs train: full, zeroth_rank: 0"
+            )
+        if self.zeroth_preset == "dpzero" and (self.zeroth_probes or 1) != 1:
+            raise ValueError("zeroth_preset: dpzero takes one direction: use aggzo for several")
+        if self.laplace and self.clipping == "adaptive":
+            raise ValueError("zeroth_noise: laplace covers fixed bounds only: use clipping: flat or automatic")
+        return self

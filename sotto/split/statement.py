@@ -1,0 +1,154 @@
+"""What is promised about what the vendor sees, in words. Metric privacy is never written as (epsilon, delta)."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sotto.config_split import SplitSetting
+from sotto.privacy.accounting import round_up
+from sotto.split.metric import Meaning
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the statement is written from.
+
+    Attributes:
+      setting: the configuration's section.
+      examples, rows: how many texts left, and in how many rows of numbers (or token ids) all together.
+      bottom: SHA-256 of the part that the customer ran.
+      meaning: what eta means, for the metric privatizers.
+      epsilon: of one text's release, an upper bound, for the Gaussian privatizers.
+      label_epsilon: of one label, for labels that are randomised or kept.
+      exempt: words that were sent as they are.
+      exempt_epsilon: of the choice of these words, where it was made from private texts.
+      max_length: rows of every release of `gaussian`.
+    """
+
+    setting: SplitSetting
+    examples: int
+    rows: int
+    bottom: str
+    meaning: Meaning | None = None
+    epsilon: float | None = None
+    label_epsilon: float | None = None
+    exempt: tuple[str, ...] = ()
+    exempt_epsilon: float | None = None
+    max_length: int = 0
+
+    @property
+    def protected(self) -> bool:
+        return self.setting.privatizer != "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines. `kind_of_privacy` says which of the numbers there are."""
+        kind = {"none": "none", "dx": "metric"}.get(self.setting.privatizer.split("_")[0], "local differential privacy")
+        values = {"kind_of_privacy": kind, **asdict(self), "setting": self.setting.model_dump(mode="json")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def text(facts: Facts) -> str:
+    """The statement."""
+    setting = facts.setting
+    paragraphs = [
+        ("NOT PRIVATE" if not facts.protected else "SPLIT STATEMENT", ""),
+        ("What left", _what_left(facts)),
+        ("Protection of the text", _protection(facts)),
+    ]
+    if setting.exempt != "none":
+        paragraphs.append(("Words sent as they are", _exempt(facts)))
+    paragraphs.append(("Labels", _labels(facts)))
+    paragraphs.append(("Not covered", _not_covered(facts)))
+    lines = []
+    for title, words in paragraphs:
+        lines.append(title)
+        lines += textwrap.wrap(words, WIDTH, initial_indent="  ", subsequent_indent="  ")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _what_left(facts: Facts) -> str:
+    what = "token ids" if facts.setting.privatizer == "dx_tokens" else "rows of half-precision numbers"
+    below = f"the embeddings and {facts.setting.layer} blocks" if facts.setting.layer else "the embeddings"
+    return (
+        f"{facts.examples:,} texts left the customer, once each, as {facts.rows:,} {what}: the output of {below} of "
+        f"the vendor's model (SHA-256 {facts.bottom[:16]}), privatized by '{facts.setting.privatizer}'. They were "
+        "stored, and every pass of the training used the same ones. Queries to the trained model are privatized in "
+        "the same way, and every query of a text is one more release of it."
+    )
+
+
+def _protection(facts: Facts) -> str:
+    if facts.setting.privatizer == "none":
+        return (
+            "None. Representations without noise can be turned back into the text, from any depth of the model. "
+            "Depth is no protection."
+        )
+    if facts.meaning is not None:
+        return _metric(facts.meaning)
+    assert facts.epsilon is not None
+    hidden = (
+        "the mean of its tokens is all that left"
+        if facts.setting.privatizer == "gaussian_pooled"
+        else f"always {facts.max_length} rows left, so its length is hidden too"
+    )
+    return (
+        f"Local differential privacy: epsilon {round_up(facts.epsilon)}, delta {facts.setting.delta:g}, for the "
+        f"replacement of one whole text by any other ({hidden}). Whatever the vendor does with it, trains from it or "
+        "passes on has this guarantee."
+    )
+
+
+def _metric(m: Meaning) -> str:
+    return (
+        f"Metric privacy (d_X) with eta {m.eta:g}, for each token by itself. This is not differential privacy of the "
+        f"text, and eta is no epsilon. The noise on a token has mean length {m.noise_length:.3g}; the nearest other "
+        f"token lies at {m.nearest_distance:.3g} (median). After the noise a token was still the nearest to its own "
+        f"representation in {m.survival:.1%} of {m.probes:,} trials on public tokens. What was sent is at most "
+        f"e^{m.close_ratio:.3g} times likelier under one token than under another that is as close as the closest 1 % "
+        f"of pairs (eta times distance), and at most e^{m.median_ratio:.3g} times at the median distance. Over a text "
+        "these exponents add up. Measure what an attacker recovers with 'sotto audit --split'."
+    )
+
+
+def _exempt(facts: Facts) -> str:
+    shown = ", ".join(facts.exempt[:40]) + (", ..." if len(facts.exempt) > 40 else "")
+    chosen = "a public list"
+    if facts.exempt_epsilon is not None:
+        cost = f"epsilon {round_up(facts.exempt_epsilon)}, delta {facts.setting.delta:g}, for the choice alone"
+        chosen = f"noisy counts of the private texts ({cost})"
+    return (
+        f"Every occurrence of these {len(facts.exempt):,} words and its place are disclosed, without any noise. They "
+        f"come from {chosen}, and are the same for all texts: {shown}"
+    )
+
+
+def _labels(facts: Facts) -> str:
+    if facts.setting.labels == "sent":
+        return "The vendor has every label as it is."
+    assert facts.label_epsilon is not None
+    epsilon = round_up(facts.label_epsilon)
+    if facts.setting.labels == "randomised":
+        together = ""
+        if facts.epsilon is not None:
+            together = (
+                f" Text and label together: epsilon {round_up(facts.epsilon + facts.label_epsilon)}, delta "
+                f"{facts.setting.delta:g}."
+            )
+        return f"Each label went through randomised response: epsilon {epsilon} for one label.{together}"
+    return (
+        f"Labels stayed with the customer. What its answers to the vendor tell of one label, over all epochs: epsilon "
+        f"{epsilon}, delta {facts.setting.delta:g}."
+    )
+
+
+def _not_covered(facts: Facts) -> str:
+    length = "" if facts.setting.privatizer.startswith("gaussian") else "the length of each text in tokens, "
+    return (
+        f"Still open: {length}the number of texts, when they were sent, and what several texts of one person tell "
+        "together. The trained model is a function of what was sent and carries no guarantee beyond that."
+    )

@@ -1,0 +1,88 @@
+"""What an attacker is given: releases beside the texts they were made of, and as many more as it cares to simulate.
+
+The attacker is the vendor, or whoever reads its disk. It knows the model and the privatizer, and has texts of the same
+kind, which it can privatize itself as often as it likes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sotto.data.examples import Examples
+from sotto.split.customer import Customer
+
+
+@dataclass(frozen=True)
+class View:
+    """E releases.
+
+    Shape legend: E texts, T positions of the longest, n width.
+
+    Attributes:
+      values: (E, T, n) float32 rows as they were sent, or (E, T) int64 token ids. Padding is zero.
+      ids_ET: the true tokens.
+      mask_ET: 1 where there is a token.
+      counted_ET: True where recovering the token counts: no special and no exempt ones.
+      exempt_ET: True for exempt tokens.
+      labels_E: the true classes.
+    """
+
+    values: torch.Tensor
+    ids_ET: torch.Tensor
+    mask_ET: torch.Tensor
+    counted_ET: torch.Tensor
+    exempt_ET: torch.Tensor
+    labels_E: torch.Tensor
+
+    @property
+    def ids_sent(self) -> bool:
+        return self.values.ndim == 2
+
+    @property
+    def pooled(self) -> bool:
+        """Whether one row was sent for all tokens together."""
+        return self.values.shape[1] == 1 < self.ids_ET.shape[1]
+
+    def part(self, chosen: torch.Tensor) -> View:
+        """Some of the texts, without the columns that none of them needs."""
+        most = int(self.mask_ET[chosen].sum(dim=1).max())
+        rows = 1 if self.pooled else most
+        return View(
+            self.values[chosen][:, :rows],
+            self.ids_ET[chosen][:, :most],
+            self.mask_ET[chosen][:, :most],
+            self.counted_ET[chosen][:, :most],
+            self.exempt_ET[chosen][:, :most],
+            self.labels_E[chosen],
+        )
+
+
+def look(customer: Customer, examples: Examples, chosen: np.ndarray) -> View:
+    """One fresh release of some texts, as an attacker sees it."""
+    piece = customer.query(examples, chosen)
+    batch = examples.collate(chosen, customer.tokenizer.pad_token_id)
+    ids_ET, mask_ET = batch["input_ids"], batch["attention_mask"]
+    most = ids_ET.shape[1]
+    pooled = len(piece.values) == len(chosen) and most > 1
+    shape = (len(chosen), 1 if pooled else most, *piece.values.shape[1:])
+    values = torch.zeros(shape, dtype=torch.int64 if piece.values.ndim == 1 else torch.float32)
+    ends = np.cumsum(piece.lengths_E)
+    for place, (end, length) in enumerate(zip(ends, piece.lengths_E, strict=True)):
+        # More rows than tokens leave where the length is hidden: the attacker is given those that belong to tokens.
+        row = piece.values[end - length : end][: shape[1]]
+        values[place, : len(row)] = torch.from_numpy(row.astype(np.int64 if row.ndim == 1 else np.float32))
+    special = torch.zeros(len(customer.bottom.table_Vn), dtype=torch.bool)
+    special[customer.special] = True
+    exempt_ET = customer.exempt_V[ids_ET] & mask_ET.bool()
+    counted_ET = mask_ET.bool() & ~special[ids_ET] & ~exempt_ET
+    assert examples.labels is not None
+    return View(values, ids_ET, mask_ET, counted_ET, exempt_ET, torch.from_numpy(examples.labels[chosen]))
+
+
+def success(guesses_ET: torch.Tensor, view: View) -> float:
+    """The part of the tokens that count that were guessed: the attack's success. 0 where none counts."""
+    hits = (guesses_ET == view.ids_ET)[view.counted_ET]
+    return float(hits.double().mean()) if len(hits) else 0.0

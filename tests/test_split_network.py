@@ -1,0 +1,377 @@
+"""Two sides and a connection: what is carried, who is let in, and what a break or a bad partner can do."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_split_run
+import tiny_runs
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from sotto.errors import SottoError
+from sotto.privacy.noise import DebugNoise
+from sotto.rundir import RunDir
+from sotto.split import network, protocol, sides
+from sotto.split.answers import AnswerBook
+from sotto.split.customer import Customer, load_bottom
+from sotto.split.labels import LabelKeeper
+from sotto.split.network import Certificates
+from sotto.split.protocol import CustomerSession, VendorService
+from sotto.split.simulate import evaluate, label_keeper, noise_for, simulate
+from sotto.split.vendor import Vendor
+
+pytest.importorskip("grpc", reason="grpcio is not installed (extra: split)")
+
+SETTING = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
+KEPT = {"privatizer": "none", "layer": 1, "labels": "kept", "label_epsilon": 5.0}
+SEEDED = {"run": {"debug_noise_seed": 3, "checkpoint_every": 1}}
+
+
+class Pair:
+    """A vendor's service and a customer that is ready to send."""
+
+    def __init__(self, folder: Path, setting: dict[str, Any] = SETTING):
+        self.config = test_split_run.config(folder, setting, **SEEDED)
+        self.run = RunDir(folder / "runs" / "vendor")
+        self.run.create(self.config, {}, {})
+        bottom, tokenizer = load_bottom(self.config)
+        self.customer = Customer(self.config, bottom, tokenizer, noise_for(self.config))
+        self.outbox = self.customer.prepare(folder / "outbox")
+        self.restart()
+
+    def restart(self) -> None:
+        self.service = VendorService(Vendor(self.config), self.run)
+
+    def session(self, call: protocol.Call | None = None) -> CustomerSession:
+        return CustomerSession(call or self.service.call, self.customer.agreement)
+
+
+def refused(action: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(SottoError) as caught:
+        action(*arguments)
+    return str(caught.value)
+
+
+# ---- the protocol, over a function call
+
+
+def test_the_protocol_gives_what_the_simulation_gives(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    expected = simulate(pair.config)
+    session = pair.session()
+    assert session.upload(pair.outbox.manifest, pair.outbox.read) == len(pair.outbox.manifest.pieces) > 2
+    session.train(None)
+    tiny_runs.assert_same(dict(pair.service.vendor.top.state_dict()), dict(expected.vendor.top.state_dict()))
+    assert evaluate(pair.customer, session.query) == expected.accuracy
+
+
+def test_labels_that_are_kept_are_learnt_from_over_the_protocol(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, KEPT)
+    expected = simulate(pair.config)
+    session = pair.session()
+    session.upload(pair.outbox.manifest, pair.outbox.read)
+    book = AnswerBook(tmp_path / "answers.bin", label_keeper(pair.config, pair.customer), 3)
+    session.train(book)
+    tiny_runs.assert_same(dict(pair.service.vendor.top.state_dict()), dict(expected.vendor.top.state_dict()))
+
+
+def test_the_wire_holds_no_text_no_tokens_and_no_seed(tmp_path: Path) -> None:
+    pair, carried = Pair(tmp_path), []
+
+    def watch(method: str, request: bytes) -> bytes:
+        reply = pair.service.call(method, request)
+        carried.append(method.encode() + request + reply)
+        return reply
+
+    session = pair.session(watch)
+    session.upload(pair.outbox.manifest, pair.outbox.read)
+    session.train(None)
+    evaluate(pair.customer, session.query)
+    wire = b"".join(carried)
+    examples = pair.customer.data.examples
+    assert tiny_runs.CANARY.encode() not in wire
+    for e in range(len(examples)):
+        ids = examples.input_ids[examples.offsets[e] : examples.offsets[e + 1]]
+        assert all(ids.astype(kind).tobytes() not in wire for kind in ("<i2", "<i4", "<i8"))
+    assert b"seed" not in wire
+    assert b"w40" not in wire
+    plain = [bytes(row) for row in pair.customer.bottom.table_Vn.half().numpy()]
+    assert not any(row in wire for row in plain)
+
+
+def test_an_upload_that_breaks_goes_on_and_sends_nothing_twice(tmp_path: Path) -> None:
+    pair, sent = Pair(tmp_path), []
+
+    def breaks(method: str, request: bytes) -> bytes:
+        if method == "piece":
+            sent.append(request[16:20])
+            if len(sent) == 3:
+                raise ConnectionError
+        return pair.service.call(method, request)
+
+    with pytest.raises(ConnectionError):
+        pair.session(breaks).upload(pair.outbox.manifest, pair.outbox.read)
+    pair.restart()  # the vendor dies as well
+    assert pair.session().upload(pair.outbox.manifest, pair.outbox.read) == len(pair.outbox.manifest.pieces) - 2
+
+
+def test_whoever_connects_again_ends_the_session_before(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    first, second = pair.session(), pair.session()
+    text = pair.outbox.manifest.to_json().encode()
+    for session in (first, second):
+        session.ticket = session._ask("hello", text)[:16]
+    piece = (0).to_bytes(4, "little") + pair.outbox.read(0)
+    assert "SOT820" in refused(first._ask, "piece", first.ticket + piece)
+    second._ask("piece", second.ticket + piece)
+    assert "SOT821" in refused(second._ask, "piece", second.ticket + piece), "replayed"
+    later = (2).to_bytes(4, "little") + pair.outbox.read(2)
+    assert "SOT821" in refused(second._ask, "piece", second.ticket + later), "out of order"
+    second.upload(pair.outbox.manifest, pair.outbox.read)
+    assert pair.service.inbox is not None
+    assert pair.service.inbox.complete, "nothing was lost"
+
+
+def test_another_customer_is_refused(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.session().upload(pair.outbox.manifest, pair.outbox.read)
+    other = Customer(pair.config, pair.customer.bottom, pair.customer.tokenizer, DebugNoise(9)).prepare(tmp_path / "o")
+    assert "SOT820" in refused(pair.session().upload, other.manifest, other.read)
+
+
+@pytest.mark.parametrize("method", ["hello", "piece", "step", "query", "gradients", "../hello", ""])
+@pytest.mark.parametrize("request_", [b"", b"\xff" * 40, b"SECRET" * 20, b"0" * 16 + b"\xff\xff\xff\xff"])
+def test_garbage_is_refused_in_words_that_quote_nothing(
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture, method: str, request_: bytes
+) -> None:
+    service = garbage_service(tmp_path_factory)
+    reply = service.call(method, request_)
+    assert reply[:4] == b"\1SOT"
+    assert len(reply) == 7
+    assert "SECRET" not in caplog.text
+    assert service.inbox is None
+
+
+SERVICES: list[VendorService] = []
+
+
+def garbage_service(factory: pytest.TempPathFactory) -> VendorService:
+    if not SERVICES:
+        SERVICES.append(Pair(factory.mktemp("garbage")).service)
+    return SERVICES[0]
+
+
+def test_garbage_in_a_session_is_refused_too(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    session = pair.session()
+    session.ticket = session._ask("hello", pair.outbox.manifest.to_json().encode())[:16]
+    for method, body in [("piece", b""), ("piece", b"\0\0\0\0"), ("piece", b"\xff" * 99), ("query", b"{}"),
+                         ("step", b"x" * 12), ("piece", b"\0" * (pair.service.most_bytes + 1))]:  # fmt: skip
+        assert "SOT826" in refused(session._ask, method, session.ticket + body)
+    session.upload(pair.outbox.manifest, pair.outbox.read)
+    session.train(None)
+    for body in (b"", b"\xff" * 8, b"\2\0\0\0{}", b"\2\0\0\0[]" + b"x" * 99):
+        assert "SOT826" in refused(session._ask, "query", session.ticket + body)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [b"G" + b"\0" * 16, b"S", b"S" + b"\0" * 15, b"S" + np.float32([0, np.nan, 0, 0]).tobytes(), b"", b"bottom"],
+)
+def test_a_vendor_that_asks_for_anything_else_gets_nothing(tmp_path: Path, asked: bytes) -> None:
+    kept = LabelKeeper(torch.zeros(5, dtype=torch.int64), 3, 1, 2.0, 1e-5, DebugNoise(0))
+    book = AnswerBook(tmp_path / "answers.bin", kept, 3)
+    agreed = Pair.__new__(Pair)
+    made = test_split_run.config(tmp_path, KEPT)
+    bottom, tokenizer = load_bottom(made)
+    agreed.customer = Customer(made, bottom, tokenizer, DebugNoise(0))
+    calls = iter([b"\0" + asked])
+    session = CustomerSession(lambda method, request: next(calls), agreed.customer.agreement)
+    assert "SOT801" in refused(session.train, book)
+    assert kept.answers == 0
+    assert not (tmp_path / "answers.bin").exists()
+
+
+def test_a_refusal_of_the_vendor_is_not_believed_word_by_word(tmp_path: Path) -> None:
+    made = test_split_run.config(tmp_path)
+    bottom, tokenizer = load_bottom(made)
+    agreed = Customer(made, bottom, tokenizer, DebugNoise(0)).agreement
+    for reply in (b"\1SOT821", b"\1<script>", b"\1", b""):
+        text = refused(CustomerSession(lambda m, r, reply=reply: reply, agreed)._ask, "piece", b"")
+        assert "SOT826" in text
+        assert "script" not in text
+
+
+# ---- answers survive a crash
+
+
+def keeper(uses: int = 2) -> LabelKeeper:
+    return LabelKeeper(torch.arange(6) % 3, 3, uses, 2.0, 1e-5, DebugNoise(1))
+
+
+def test_a_restart_forgets_no_answer_and_repeats_none(tmp_path: Path) -> None:
+    path, scores = tmp_path / "answers.bin", torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    some = torch.tensor([0, 2, 4])
+    first = AnswerBook(path, keeper(), 3).answer(some, scores)
+    assert path.stat().st_mode & 0o077 == 0
+    later = AnswerBook(path, keeper(), 3)
+    assert torch.equal(later.answer(some, scores), first), "the same question, the same noise"
+    assert not torch.equal(later.answer(some, scores + 1), first)
+    assert "SOT801" in refused(AnswerBook(path, keeper(), 3).answer, some, scores + 2)
+
+
+def test_a_torn_record_was_never_sent(tmp_path: Path) -> None:
+    path, scores = tmp_path / "answers.bin", torch.zeros(2, 3)
+    book = AnswerBook(path, keeper(1), 3)
+    book.answer(torch.tensor([0, 1]), scores)
+    whole = path.read_bytes()
+    book.answer(torch.tensor([2, 3]), scores)
+    for cut in (1, 35, len(path.read_bytes()) - len(whole) - 1):
+        path.write_bytes(path.read_bytes()[: len(whole) + cut])
+        again = AnswerBook(path, keeper(1), 3)
+        assert path.read_bytes() == whole
+        again.answer(torch.tensor([2, 3]), scores)
+        assert "SOT801" in refused(again.answer, torch.tensor([0, 1]), scores + 1)
+
+
+# ---- the connection itself
+
+
+def certificate(folder: Path, name: str, signer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """(certificate, key), signed by another or by itself; both are written as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    issuer, signing = (signer[0].subject, signer[1]) if signer else (subject, key)
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=9))
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(signing, hashes.SHA256())
+    )  # fmt: skip
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / f"{name}.pem").write_bytes(built.public_bytes(pem))
+    (folder / f"{name}.key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return built, key
+
+
+def files(folder: Path, name: str, authority: str = "authority") -> Certificates:
+    return Certificates(folder / f"{name}.pem", folder / f"{name}.key", folder / f"{authority}.pem")
+
+
+@contextmanager
+def vendor_running(
+    made: Any, certificates: Certificates | None, resume: Path | None = None
+) -> Iterator[tuple[int, Path]]:
+    """A vendor in a thread."""
+    up, over, found, plaintext = threading.Event(), threading.Event(), [], certificates is None
+
+    def ready(path: Path, port: int) -> None:
+        found.append((port, path))
+        up.set()
+
+    def work() -> None:
+        sides.vendor(made, "vendor", "127.0.0.1:0", certificates, plaintext, resume, ready, over.wait)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert up.wait(60)
+    try:
+        yield found[0]
+    finally:
+        over.set()
+        thread.join(60)
+
+
+def test_two_sides_over_mutual_tls(tmp_path: Path) -> None:
+    signer = certificate(tmp_path, "authority")
+    certificate(tmp_path, "vendor", signer)
+    certificate(tmp_path, "customer", signer)
+    certificate(tmp_path, "stranger")
+    made = test_split_run.config(tmp_path, SETTING, **SEEDED)
+    expected = simulate(made)
+    with vendor_running(made, files(tmp_path, "vendor")) as (port, _):
+        address = f"127.0.0.1:{port}"
+        for wrong in (files(tmp_path, "stranger"), files(tmp_path, "customer", "stranger")):
+            assert "SOT829" in refused(sides.customer, made, "stranger", address, wrong)
+        path, accuracy, words = sides.customer(made, "customer", address, files(tmp_path, "customer"))
+    assert accuracy == expected.accuracy
+    assert words == expected.statement
+    assert (path / "statement.txt").read_text() == words
+
+
+def test_both_sides_stop_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = test_split_run.config(tmp_path, SETTING, **SEEDED)
+    expected = simulate(made)
+    runs: list[Path] = []
+    original, count = CustomerSession._ask, iter(range(1000))
+
+    def breaks(self: CustomerSession, method: str, request: bytes) -> bytes:
+        if method == "piece" and next(count) == 1:
+            raise KeyboardInterrupt
+        return original(self, method, request)
+
+    monkeypatch.setattr(CustomerSession, "_ask", breaks)
+    service = VendorService(Vendor(made), RunDir(tmp_path / "runs" / "first"))
+    service.run.create(made, {"kind": "split"}, {})
+    with network.serve(service, "127.0.0.1:0", None, True) as port, pytest.raises(KeyboardInterrupt):
+        sides.customer(made, "customer", f"127.0.0.1:{port}", None, True, ready=runs.append)
+    with vendor_running(made, None, service.run.path) as (port, path):
+        assert path == service.run.path
+        _, accuracy, _ = sides.customer(made, "customer", f"127.0.0.1:{port}", None, True, resume=runs[0])
+    assert accuracy == expected.accuracy
+
+
+def test_an_oversized_message_is_refused_unread(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    seen: list[int] = []
+    call = pair.service.call
+    pair.service.call = lambda method, request: seen.append(len(request)) or call(method, request)  # type: ignore[method-assign]
+    with network.serve(pair.service, "127.0.0.1:0", None, True) as port:
+        with network.connect(f"127.0.0.1:{port}", None, True) as ask:
+            assert "resource_exhausted" in refused(ask, "hello", b"x" * (pair.service.most_bytes + 1))
+            assert not seen
+            assert ask("hello", b"x")[:4] == b"\1SOT", "and the vendor goes on"
+        assert "SOT829" in refused(lambda: network.serve(pair.service, f"127.0.0.1:{port}", None, True).__enter__())
+    with network.connect(f"127.0.0.1:{port}", None, True) as ask:
+        assert "SOT829" in refused(ask, "hello", b"x")
+
+
+@pytest.mark.parametrize(
+    ("address", "protected", "plaintext"),
+    [
+        ("192.0.2.1:9443", False, True),
+        ("127.0.0.1:9443", False, False),
+        ("vendor.example:9443", False, False),
+        ("127.0.0.1:9443", True, True),
+        ("127.0.0.1", True, False),
+        (":9443", True, False),
+        ("0.0.0.0:9443", False, True),
+    ],
+)
+def test_unprotected_connections_are_refused(tmp_path: Path, address: str, protected: bool, plaintext: bool) -> None:
+    certificates = files(tmp_path, "x") if protected else None
+    assert "SOT827" in refused(network.check, address, certificates, plaintext)
+
+
+def test_missing_certificates_and_wrong_roles_are_refused(tmp_path: Path) -> None:
+    with network.connect("127.0.0.1:1", None, True):
+        pass
+    assert "SOT827" in refused(lambda: network.connect("127.0.0.1:1", files(tmp_path, "x"), False).__enter__())
+    made = test_split_run.config(tmp_path, {**SETTING, "role": "vendor"})
+    assert "SOT805" in refused(sides.customer, made, "x", "127.0.0.1:1", None, True)
+    made = test_split_run.config(tmp_path, {**SETTING, "role": "customer"})
+    assert "SOT805" in refused(sides.vendor, made, "x", "127.0.0.1:0", None, True)
