@@ -7,11 +7,19 @@ import faults_in_gradients
 import faults_in_noise
 import faults_in_releases
 import faults_in_sampling
+import faults_in_split
 import mutant
 import pytest
 from mutant import CATALOGUE, CLASSES, NOT_BUILT, Mutant
 
-FILES = (faults_in_accounting, faults_in_gradients, faults_in_noise, faults_in_releases, faults_in_sampling)
+FILES = (
+    faults_in_accounting,
+    faults_in_gradients,
+    faults_in_noise,
+    faults_in_releases,
+    faults_in_sampling,
+    faults_in_split,
+)
 
 
 @pytest.mark.parametrize("test", sorted({m.test for m in CATALOGUE}))
