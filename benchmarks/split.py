@@ -94,7 +94,7 @@ def measure(point: Point, arguments: argparse.Namespace) -> Point:
         "accuracy": run.accuracy,
         "survival": meaning.get("survival"),
         "recovered": report.recovered,
-        "exempt": report.exempt,
+        "disclosed": report.exempt,
         "attribute": report.attribute,
         "seconds": round(time.perf_counter() - start, 1),
         "texts": arguments.texts,
@@ -112,7 +112,7 @@ def label(point: Point) -> str:
 def table(points: Sequence[Point]) -> str:
     """All points in Markdown, by layer."""
     lines = [
-        "| layer | privatizer | accuracy | survival | EP nearest | EP strongest | strongest | exempt | class |",
+        "| layer | privatizer | accuracy | survival | EP nearest | EP strongest | strongest | disclosed | class |",
         "|--:|---|--:|--:|--:|--:|---|--:|--:|",
     ]
     for p in sorted(points, key=lambda p: (p["layer"], p["privatizer"], -(p.get("eta") or 0))):
@@ -122,7 +122,7 @@ def table(points: Sequence[Point]) -> str:
         best = f"{1 - recovered[strongest]:.3f}" if recovered else "-"
         survival = "-" if p["survival"] is None else f"{p['survival']:.3f}"
         cells = [p["layer"], label(p), f"{p['accuracy']:.3f}", survival, near, best, strongest or "-"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{p['exempt']:.3f}", f"{p['attribute']:.3f}"])) + " |")
+        lines.append("| " + " | ".join(map(str, [*cells, f"{p['disclosed']:.3f}", f"{p['attribute']:.3f}"])) + " |")
     return "\n".join(lines) + "\n"
 
 

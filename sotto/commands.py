@@ -145,6 +145,9 @@ def _finished(path: str | Path) -> Run | None:
     if not run.finished:
         return None
     from sotto.finish import finished_again
+    from sotto.session import require_central
+
+    require_central(run.config())
 
     model, facts, statement = finished_again(run)
     steps = facts["steps"] if facts["private"] else run.read_json("plan.json")["steps"]

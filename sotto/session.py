@@ -142,6 +142,7 @@ def start(config: Config, stem: str, change: Callable[[Loaded], Loaded] = lambda
     Args:
       change: what to make of model and data when they have been read, for audits.
     """
+    require_central(config)
     require_writable(config)
     _require_board(config)
     plan = make_plan(config)
@@ -194,6 +195,20 @@ def _open_budget(session: Session, secret: dict[str, str]) -> LedgerBudget | NoB
     return LedgerBudget(ledger, run_id, plan)
 
 
+def require_central(config: Config) -> None:
+    """Refuses a configuration whose setting this loop would ignore.
+
+    Raises:
+      SottoError: SOT110.
+    """
+    if config.setting.kind != "central":
+        raise SottoError(
+            "SOT110", what=f"this is the configuration of a {config.setting.kind} run", where="setting.kind",
+            why="trained here, text and model would lie on one machine, and setting would protect nothing",
+            fix=f"use 'sotto {config.setting.kind}', which also resumes such runs",
+        )  # fmt: skip
+
+
 def resume(path: str | Path) -> Session:
     """Continues a run from its newest whole checkpoint, or from its start."""
     run = RunDir.open(path)
@@ -205,7 +220,9 @@ def resume(path: str | Path) -> Session:
 
 
 def _resume(run: RunDir) -> Session:
-    config, plan = run.config(), Plan.from_dict(run.read_json("plan.json"))
+    config = run.config()
+    require_central(config)
+    plan = Plan.from_dict(run.read_json("plan.json"))
     _require_board(config)
     _require_same_plan(config, plan, run)
     secret = run.read_json("private/secrets.json")

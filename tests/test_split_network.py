@@ -187,7 +187,14 @@ def test_garbage_in_a_session_is_refused_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [b"G" + b"\0" * 16, b"S", b"S" + b"\0" * 15, b"S" + np.float32([0, np.nan, 0, 0]).tobytes(), b"", b"bottom"],
+    [
+        b"G" + b"\0" * 16,
+        b"S",
+        b"S" + b"\0" * 15,
+        b"S" + np.array([0, np.nan, 0, 0], dtype=np.float32).tobytes(),
+        b"",
+        b"bottom",
+    ],
 )
 def test_a_vendor_that_asks_for_anything_else_gets_nothing(tmp_path: Path, asked: bytes) -> None:
     kept = LabelKeeper(torch.zeros(5, dtype=torch.int64), 3, 1, 2.0, 1e-5, DebugNoise(0))

@@ -12,6 +12,7 @@ import pytest
 import tiny_runs
 import torch
 
+import sotto
 from sotto import cli
 from sotto.config import Config
 from sotto.data.load import load_dataset_for
@@ -253,6 +254,29 @@ def test_configurations_that_are_not_for_a_split_are_refused(tmp_path: Path, cha
     with pytest.raises(SottoError) as caught:
         config(tmp_path, **changes)
     assert caught.value.code == "SOT107"
+
+
+def test_central_training_refuses_what_it_would_ignore(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    with pytest.raises(SottoError) as caught:
+        sotto.train(made)
+    assert caught.value.code == "SOT110"
+    assert not (tmp_path / "runs").exists()
+    run = simulate(made)
+    with pytest.raises(SottoError) as caught:
+        sotto.resume(run.path)
+    assert caught.value.code == "SOT110"
+
+
+def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
+    run = simulate(config(tmp_path, {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}))
+    (listed,) = sotto.ls(tmp_path / "runs")
+    assert listed["state"] == "finished"
+    assert listed["private"]
+    assert listed["epsilon"] is None
+    assert sotto.show(run.path) == run.statement
+    open_ = simulate(config(tmp_path))
+    assert "NOT PRIVATE" in sotto.show(open_.path)
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from sotto.split.answers import AnswerBook
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
-from sotto.split.simulate import evaluate, label_keeper, noise_for, write_statement
+from sotto.split.simulate import create, evaluate, label_keeper, noise_for, write_statement
 from sotto.split.vendor import Vendor
 
 
@@ -30,7 +30,7 @@ def _run(config: Config, stem: str, resume: Path | None) -> RunDir:
     if resume is not None:
         return RunDir(resume)
     run = RunDir.planned(config, stem)
-    run.create(config, {"kind": "split", "steps": config.steps}, {})
+    create(run, config)
     return run
 
 

@@ -87,7 +87,7 @@ def simulate(config: Config, stem: str = "run", path: Path | None = None) -> Spl
     customer = Customer(config, bottom, tokenizer, noise_for(config))
     vendor = Vendor(config)
     if path is None:
-        run.create(config, {"kind": "split", "steps": config.steps}, {})
+        create(run, config)
     with run.locked():
         outbox = customer.prepare(run.path / "private" / "outbox")
         inbox = Inbox.open(run.path / "private" / "inbox", outbox.manifest.to_json(), vendor.agreement)
@@ -98,6 +98,15 @@ def simulate(config: Config, stem: str = "run", path: Path | None = None) -> Spl
         accuracy = evaluate(customer, lambda piece: ask_directly(vendor, piece)) if has_eval(config.data) else None
         words, facts = write_statement(run, config, customer, accuracy)
     return SplitRun(run.path, accuracy, words, facts, customer, vendor)
+
+
+def create(run: RunDir, config: Config) -> None:
+    """Writes the folder of a split run, which the commands that list and show runs can read."""
+    why = "setting.privatizer is 'none'" if setting_of(config).privatizer == "none" else None
+    if config.run.debug_noise_seed is not None:
+        why = "run.debug_noise_seed is set, so the noise can be recomputed"
+    plan = {"kind": "split", "steps": config.steps, "delta": setting_of(config).delta, "not_private": why}
+    run.create(config, plan, {"secrets.json": "{}\n"})
 
 
 def label_keeper(config: Config, customer: Customer) -> LabelKeeper:

@@ -7,6 +7,7 @@ import faults_in_gradients
 import faults_in_noise
 import faults_in_releases
 import faults_in_sampling
+import faults_in_split
 import faults_in_zeroth_order
 import mutant
 import pytest
@@ -18,6 +19,7 @@ FILES = (
     faults_in_noise,
     faults_in_releases,
     faults_in_sampling,
+    faults_in_split,
     faults_in_zeroth_order,
 )
 
