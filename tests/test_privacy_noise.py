@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,3 +188,20 @@ def test_shape_scale_and_type(source):
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(SottoError):
             draw(source, std=bad)
+
+
+@pytest.mark.parametrize("source", [SecureNoise(), DebugNoise(3)], ids=repr)
+@pytest.mark.parametrize("shape", [0.5, 1.0, 384.0])
+def test_gamma_draws_have_their_law(source: Any, shape: float) -> None:
+    drawn = source.gamma(shape, 50_000, step=0, name="x")
+    assert drawn.dtype == torch.float64
+    assert stats.kstest(drawn.numpy(), stats.gamma(a=shape).cdf).pvalue > 1e-6
+    assert stats.kstest(drawn.numpy(), stats.gamma(a=1.1 * shape).cdf).pvalue < 1e-6
+
+
+def test_secure_gamma_draws_are_never_repeated_and_seeded_ones_are() -> None:
+    drawn = [source.gamma(3.0, 4, step=0, name="x") for source in (SecureNoise(), DebugNoise(3)) for _ in range(2)]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[2], drawn[3])
+    assert not torch.equal(drawn[2], DebugNoise(3).gamma(3.0, 4, step=1, name="x"))
+    assert not torch.equal(drawn[2], DebugNoise(3).gamma(3.0, 4, step=0, name="y"))

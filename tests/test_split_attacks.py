@@ -48,7 +48,7 @@ def report(setting: dict[str, Any]) -> SplitReport:
     return audited(json.dumps(setting))
 
 
-ATTACKS = ["learned inversion", "search", "context correction"]
+ATTACKS = ["linear inversion", "learned inversion", "search", "context correction"]
 
 
 @pytest.mark.parametrize(("attack", "setting"), [("nearest neighbour", BASE), *((a, OPEN) for a in ATTACKS)])

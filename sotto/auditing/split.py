@@ -142,7 +142,8 @@ def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: 
     table, most = bottom.table_Vn, max(target.ids_ET.shape[1], view.ids_ET.shape[1])
     ordinary = torch.ones(len(table), dtype=torch.bool)
     ordinary[customer.special] = False
-    by_distance = inversion.Nearest(bottom, torch.nonzero(ordinary).flatten())
+    tokens = torch.nonzero(ordinary).flatten()
+    by_distance = inversion.Nearest(bottom, tokens)
 
     def as_rows(view: View) -> torch.Tensor:
         return table[view.values] if view.ids_sent else view.values
@@ -154,6 +155,8 @@ def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: 
     learned = inversion.train_inverter(fresh, as_rows, passes, seed, most=most)
     found["learned inversion"] = success(learned.guess(target), target)
     if not target.ids_sent:
+        mapped = inversion.Linear(bottom, tokens, (fresh() for _ in range(passes)))
+        found["linear inversion"] = success(mapped.guess(target), target)
         part = target.part(torch.arange(min(SEARCHED, len(target.ids_ET))))
         found["search"] = success(inversion.search(part, bottom, learned), part)
         # Where ids were sent the learned inverter already corrects them by their context.

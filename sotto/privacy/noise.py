@@ -64,6 +64,15 @@ class NoiseSource(Protocol):
         """
         ...
 
+    def gamma(self, shape: float, count: int, *, step: int, name: str) -> torch.Tensor:
+        """Returns (count,) independent draws of Gamma(shape, 1), float64: lengths of noise vectors.
+
+        Args:
+          shape: > 0.
+          step, name: which draw this is, as for `normal`.
+        """
+        ...
+
 
 class SecureNoise:
     """Noise that nobody can recompute: AES-128-CTR under keys from the operating system, each used for one chunk.
@@ -102,6 +111,11 @@ class SecureNoise:
         """See `NoiseSource.below`: the operating system's generator."""
         return secrets.randbelow
 
+    def gamma(self, shape: float, count: int, *, step: int, name: str) -> torch.Tensor:
+        """See `NoiseSource.gamma`. By the rejection method of Marsaglia and Tsang 2000."""
+        check_number("shape", shape, above=0)
+        return _tensor(_fresh().standard_gamma(shape, count))
+
     def __repr__(self) -> str:
         return "SecureNoise()"
 
@@ -113,9 +127,14 @@ def _tensor(array: _Array) -> torch.Tensor:
     return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _fill(chunk: _Array, std: float) -> None:
+def _fresh() -> np.random.Generator:
+    """A generator under a key of its own, which nobody keeps."""
     key = np.frombuffer(os.urandom(16), dtype=np.uint64)
-    np.random.Generator(_randomgen.AESCounter(key=key)).standard_normal(out=chunk)
+    return np.random.Generator(_randomgen.AESCounter(key=key))
+
+
+def _fill(chunk: _Array, std: float) -> None:
+    _fresh().standard_normal(out=chunk)
     np.multiply(chunk, std, out=chunk)
 
 
@@ -151,13 +170,20 @@ class DebugNoise:
     def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
         """See `NoiseSource.normal`."""
         check_number("std", std, at_least=0)
-        generator = np.random.Generator(np.random.PCG64(self._key(step, name)))
-        draws = generator.standard_normal(math.prod(shape)) * std
+        draws = self._generator(step, name).standard_normal(math.prod(shape)) * std
         return _tensor(draws).reshape(tuple(shape)).to(device)
 
     def below(self, *, step: int, name: str) -> Below:
         """See `NoiseSource.below`."""
         return random.Random(self._key(step, name)).randrange  # noqa: S311  # not private, and says so
+
+    def gamma(self, shape: float, count: int, *, step: int, name: str) -> torch.Tensor:
+        """See `NoiseSource.gamma`."""
+        check_number("shape", shape, above=0)
+        return _tensor(self._generator(step, name).standard_gamma(shape, count))
+
+    def _generator(self, step: int, name: str) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(self._key(step, name)))
 
     def _key(self, step: int, name: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{step}/{name}".encode()).digest(), "little")

@@ -10,7 +10,7 @@ Shape legend: E texts, T positions, n width, C candidate tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -134,6 +134,42 @@ class Nearest:
                 best_ET[there, place] = torch.where(better, value, best_ET[there, place])
                 guesses[there, place] = torch.where(better, some[index], guesses[there, place])
         return guesses
+
+
+class Linear:
+    """The token whose embedding points most nearly where a linear map sends the row.
+
+    Fitted by least squares from rows to embeddings of the attacker's own texts. It knows no context, but unlike a
+    network with one output for each token it also recovers tokens that it has never seen.
+    """
+
+    def __init__(self, bottom: Bottom, tokens_V: torch.Tensor, views: Iterable[View], ridge: float = 1e-3):
+        table = bottom.table_Vn.double()
+        self._mean_n = table[tokens_V].mean(dim=0)
+        wide = bottom.width + 1
+        gram, cross = torch.zeros(wide, wide).double(), torch.zeros(wide, bottom.width).double()
+        for view in views:
+            keep = view.counted_ET
+            rows = _with_one(view.values[keep])
+            gram += rows.T @ rows
+            cross += rows.T @ (table[view.ids_ET[keep]] - self._mean_n)
+        gram += ridge * gram.diagonal().mean() * torch.eye(wide).double()
+        self._map = torch.linalg.solve(gram, cross)
+        directions = nn.functional.normalize(table[tokens_V] - self._mean_n, dim=1)
+        self._directions_Vn, self._tokens_V = directions.float(), tokens_V
+
+    def guess(self, view: View) -> torch.Tensor:
+        """(E, T) tokens."""
+        guesses = torch.zeros_like(view.ids_ET)
+        keep = view.mask_ET.bool()
+        aimed = (_with_one(view.values[keep]) @ self._map).float()
+        best = [(some @ self._directions_Vn.T).argmax(dim=1) for some in aimed.split(512)]
+        guesses[keep] = self._tokens_V[torch.cat(best)]
+        return guesses
+
+
+def _with_one(rows_Nn: torch.Tensor) -> torch.Tensor:
+    return nn.functional.pad(rows_Nn.double(), (0, 1), value=1.0)
 
 
 def search(view: View, bottom: Bottom, first: Trained, choices: int = 32, steps: int = 40) -> torch.Tensor:

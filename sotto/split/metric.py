@@ -25,8 +25,8 @@ _CPU = torch.device("cpu")
 def dx_noise(tokens: int, width: int, eta: float, noise: NoiseSource, *, step: int = 0) -> torch.Tensor:
     """Draws one independent vector for each token: direction uniform, length Gamma(width, rate eta).
 
-    From 2 * width normals per token. v / |v| is uniform on the sphere and independent of |v|^2, which is chi-squared
-    with width degrees; half of it plus half the square of a second such vector is Gamma(width, 1), exactly.
+    The direction is that of a normal vector, which is uniform on the sphere and independent of the vector's own length;
+    that length is thrown away.
 
     Args:
       tokens: N.
@@ -39,10 +39,8 @@ def dx_noise(tokens: int, width: int, eta: float, noise: NoiseSource, *, step: i
     """
     check_number("eta", eta, above=0)
     v_Nn = noise.normal((tokens, width), 1.0, step=step, name="direction", device=_CPU)
-    w_Nn = noise.normal((tokens, width), 1.0, step=step, name="radius", device=_CPU)
-    square_N1 = v_Nn.square().sum(dim=1, keepdim=True)
-    radius_N1 = (square_N1 + w_Nn.square().sum(dim=1, keepdim=True)) / (2 * eta)
-    return v_Nn * (radius_N1 / square_N1.sqrt())
+    radius_N = noise.gamma(width, tokens, step=step, name="radius") / eta
+    return v_Nn * (radius_N / v_Nn.norm(dim=1)).unsqueeze(1)
 
 
 def nearest(rows_Nn: torch.Tensor, table_Vn: torch.Tensor, chunk: int = 512) -> torch.Tensor:
