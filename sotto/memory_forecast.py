@@ -216,6 +216,9 @@ class _NoNoise:
     def below(self, *, step: int, name: str) -> Below:
         return lambda n: 0
 
+    def gamma(self, shape: float, count: int, *, step: int, name: str) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.float64)
+
 
 class _NoDirections(Directions):
     """Directions of the right shape, and no values."""
