@@ -11,11 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from sotto.errors import SottoError
+from sotto.federated.cli import app as federated_app
 from sotto.split.cli import app as split_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune language models on sensitive text under a privacy and a memory budget.")  # fmt: skip
 app.add_typer(split_app, name="split")
+app.add_typer(federated_app, name="federated")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as 'sotto init' writes it.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -138,7 +140,9 @@ def train(config: ConfigPath, set: Sets = None) -> None:
     """Fine-tune a model within its privacy budget."""
     from sotto import session
 
-    _work(session.start(_load(config, set), config.stem))
+    loaded = _load(config, set)
+    session.require_central(loaded)
+    work(session.start(loaded, config.stem))
 
 
 @app.command()
@@ -150,16 +154,17 @@ def resume(run: RunPath) -> None:
     if (done := commands._finished(path)) is not None:
         _report(done)
     else:
-        _work(session.resume(path))
+        work(session.resume(path))
 
 
-def _work(session: Any) -> None:
+def work(session: Any) -> None:
+    """Runs a session with its progress on the terminal, and prints what it earned."""
     from sotto import commands
     from sotto.report.progress import announce, progress_line
 
     announce(session)
     with progress_line(session) as update:
-        run = commands._run(session, update)
+        run = commands.run_session(session, update)
     _report(run)
 
 

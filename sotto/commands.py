@@ -124,7 +124,9 @@ def train(config: ConfigLike, progress: Callable[[int, dict[str, Any]], None] | 
     from sotto import session
 
     stem = Path(config).stem if isinstance(config, str | Path) else "run"
-    return _run(session.start(_config(config), stem), progress)
+    config = _config(config)
+    session.require_central(config)
+    return run_session(session.start(config, stem), progress)
 
 
 def resume(path: str | Path, progress: Callable[[int, dict[str, Any]], None] | None = None) -> Run:
@@ -134,7 +136,7 @@ def resume(path: str | Path, progress: Callable[[int, dict[str, Any]], None] | N
     """
     from sotto import session
 
-    return _finished(path) or _run(session.resume(path), progress)
+    return _finished(path) or run_session(session.resume(path), progress)
 
 
 def _finished(path: str | Path) -> Run | None:
@@ -145,22 +147,23 @@ def _finished(path: str | Path) -> Run | None:
     if not run.finished:
         return None
     from sotto.finish import finished_again
-    from sotto.session import require_central
+    from sotto.session import require_one_loop
 
-    require_central(run.config())
-
+    require_one_loop(run.config())
     model, facts, statement = finished_again(run)
     steps = facts["steps"] if facts["private"] else run.read_json("plan.json")["steps"]
     return Run(run.path, model, statement, facts.get("epsilon"), finished=True, steps=steps, notes=[])
 
 
-def _run(session: Any, progress: Callable[[int, dict[str, Any]], None] | None) -> Run:
+def run_session(session: Any, progress: Callable[[int, dict[str, Any]], None] | None) -> Run:
+    """Runs what `sotto.session` built to its end, or until it is stopped."""
     from safetensors import SafetensorError
 
     from sotto import activations
     from sotto.finish import finish
+    from sotto.losses import autocast
     from sotto.metrics import Metrics
-    from sotto.training import autocast, graceful_stop, train_loop
+    from sotto.training import graceful_stop, train_loop
 
     if progress is not None:
         session.progress = progress

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sotto import config_file
+from sotto.config_federated import FederatedSetting
 from sotto.config_method import MethodSection
 from sotto.config_split import CentralSetting, SplitSetting
 from sotto.config_types import (
@@ -35,7 +36,11 @@ def _central_by_default(value: Any) -> Any:
     return {"kind": "central", **value} if isinstance(value, dict) else value
 
 
-Setting = Annotated[CentralSetting | SplitSetting, Field(discriminator="kind"), BeforeValidator(_central_by_default)]
+Setting = Annotated[
+    CentralSetting | SplitSetting | FederatedSetting,
+    Field(discriminator="kind"),
+    BeforeValidator(_central_by_default),
+]
 
 
 class ModelSection(Section):
@@ -148,8 +153,9 @@ class RunSection(Section):
     run. Default: 2 % of the steps, at least one."""
     learning_rate: Positive = 1e-3
     """The largest rate of the schedule. Noise asks for larger batches and larger rates than usual training."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """What turns a noised gradient into an update. Post-processing: it costs no privacy."""
+    optimizer: Literal["adamw", "sgd", "yogi"] = "adamw"
+    """What turns a noised gradient into an update. Post-processing: it costs no privacy. `yogi` is AdamW whose scale
+    falls slowly after a large update, for federated runs."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Pulls trained weights towards zero: each step takes away the learning rate times this part of them."""
     momentum: Fraction = 0.0
@@ -235,6 +241,8 @@ class Config(Section):
             raise ValueError("model.pooling: mean is for classification")
         if isinstance(self.setting, SplitSetting):
             self._split_agrees(self.setting)
+        if isinstance(self.setting, FederatedSetting):
+            self._federated_agrees(self.setting)
         return self
 
     def _zeroth_order_agrees(self) -> None:
@@ -244,6 +252,8 @@ class Config(Section):
                 "method.zeroth_preset: dpzero was published for privacy.neighboring_relation: replace_one. Set it, or "
                 "take dpzo, which is the same step under add_or_remove_one"
             )
+        if self.run.optimizer == "yogi":
+            raise ValueError("run.optimizer: yogi is not for method.gradient: zeroth_order: use adamw or sgd")
         if method.laplace and relation != "add_or_remove_one":
             raise ValueError("method.zeroth_noise: laplace needs privacy.neighboring_relation: add_or_remove_one")
 
@@ -259,6 +269,24 @@ class Config(Section):
             raise ValueError("setting.kind: split trains the upper part by its gradient: set method.gradient: auto")
         if self.method.train in ("side", "reversible"):
             raise ValueError("setting.kind: split trains the upper part by method.train: lora, full, bitfit or head")
+
+    def _federated_agrees(self, setting: FederatedSetting) -> None:
+        method = self.method
+        if method.gradient not in ("auto", "zeroth_order"):
+            raise ValueError(
+                "setting.kind: federated bounds what a user's device sends, so devices train as they like: set "
+                "method.gradient: auto, or zeroth_order"
+            )
+        if method.clipping == "automatic" or method.laplace or method.side_cache:
+            raise ValueError(
+                "setting.kind: federated needs method.clipping: flat or adaptive, Gaussian noise, and no side_cache"
+            )
+        if method.zeroth_order and setting.codec != "none":
+            raise ValueError("setting.codec is not for method.gradient: zeroth_order, which sends few numbers anyway")
+        if setting.noise == "clients" and (not self.privacy.private or method.clipping == "adaptive"):
+            raise ValueError("setting.noise: clients needs a privacy budget, and method.clipping: flat")
+        if setting.noise == "clients" and method.zeroth_order:
+            raise ValueError("setting.noise: clients is not for method.gradient: zeroth_order")
 
     @property
     def steps(self) -> int:

@@ -26,6 +26,9 @@ class MethodSection(Section):
     """Adapter initialisation. Those that look at data (EVA, CorDA, LoRA-GA) are refused: they would not be private."""
     lora_layers: tuple[int, ...] | None = None
     """Indices of the blocks that get adapters; all when absent. Fewer upper blocks train faster."""
+    lora_train: Literal["both", "up"] = "both"
+    """`up`: the factors that read a layer's input stay as they were drawn, and only the others are trained (FFA-LoRA):
+    half the numbers to noise, and to send in a federated run."""
     side_reduction: Count = 8
     """How much narrower a side network is than the model."""
     side_every: Count = 1

@@ -9,6 +9,7 @@ Shape legend: B examples, T tokens, V vocabulary, d features, N tokens of all ex
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from sotto.config import Config
 
 IGNORED = -100
 CHUNK = 1 << 20
@@ -27,6 +30,13 @@ GIVES = frozenset({"_LinearBackward", "AddmmBackward0", "MmBackward0", "MulBackw
 VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0"})
 
 _heads_as_they_are: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of `model.dtype`, for a forward pass."""
+    if config.model.dtype == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def forward_losses(model: nn.Module, batch: dict[str, torch.Tensor], task: str) -> torch.Tensor:

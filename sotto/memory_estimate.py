@@ -64,7 +64,8 @@ def trainable_parameters(facts: ModelFacts, config: Config) -> int:
         return head + sum(t.shape[0] for name, t in facts.tensors.items() if name.endswith("bias"))
     if kind == "lora":
         share = 1.0 if method.lora_layers is None else len(method.lora_layers) / max(1, facts.num_layers)
-        return head + round(share * sum(method.lora_rank * (a + b) for a, b in blocks))
+        trained = sum(a if method.lora_train == "up" else a + b for a, b in blocks)
+        return head + round(share * method.lora_rank * trained)
     if kind == "side":
         width, layers = facts.hidden_size / method.side_reduction, facts.num_layers / method.side_every
         return head + round(facts.hidden_size * width * (layers + 2) + layers * 12 * width**2)

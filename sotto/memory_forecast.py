@@ -23,7 +23,7 @@ from sotto import training
 from sotto.config import Config
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.self_check import verify
-from sotto.losses import forward_losses
+from sotto.losses import autocast, forward_losses
 from sotto.memory_trace import PARTS, NotAlike, Recorder, Segment, extended, highest, pretend
 from sotto.models import skeleton
 from sotto.models.load import build_config
@@ -250,7 +250,7 @@ class _Run:
         self.units = torch.arange(rows, device=device) // self.each
 
     def losses(self, chosen: torch.Tensor) -> torch.Tensor:
-        with self.recorder.during("activations"), training.autocast(self.config, self.device):
+        with self.recorder.during("activations"), autocast(self.config, self.device):
             part = {name: value[chosen] for name, value in self.batch.items()}
             return forward_losses(self.model, part, self.config.data.task)
 

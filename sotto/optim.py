@@ -25,16 +25,39 @@ def learning_rate(run: RunSection, step: int, steps: int) -> float:
     return run.learning_rate * factor[run.schedule]
 
 
+class Yogi(torch.optim.Optimizer):
+    """AdamW with an additive second moment, v - (1 - b2) sign(v - g^2) g^2 (Zaheer et al. 2018; FedYogi, Reddi et al.
+    2021, arXiv:2003.00295, algorithm 2, whose constants are used here): a large update raises the scale at once, and
+    small ones lower it slowly. torch has AdamW and no Yogi.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.99), "eps": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.full_like(p, group["eps"] ** 2)
+                square = p.grad.square()
+                state["exp_avg"].lerp_(p.grad, 1 - first)
+                state["exp_avg_sq"].sub_((state["exp_avg_sq"] - square).sign() * square, alpha=1 - second)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt() + group["eps"], value=-group["lr"])
+
+
 class Optimizer:
-    """AdamW or SGD on the trainable parameters, with an optional moving average of the weights."""
+    """AdamW, Yogi or SGD on the trainable parameters, with an optional moving average of the weights."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], run: RunSection, steps: int):
         self.parameters, self.run, self.steps = dict(parameters), run, steps
         values = list(self.parameters.values())
-        if run.optimizer == "adamw":
-            self.inner: torch.optim.Optimizer = torch.optim.AdamW(
-                values, lr=run.learning_rate, weight_decay=run.weight_decay
-            )
+        if run.optimizer in ("adamw", "yogi"):
+            kind = torch.optim.AdamW if run.optimizer == "adamw" else Yogi
+            self.inner: torch.optim.Optimizer = kind(values, lr=run.learning_rate, weight_decay=run.weight_decay)
         else:
             self.inner = torch.optim.SGD(
                 values, lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay

@@ -24,9 +24,12 @@ from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler
 from sotto.data.load import ledger_id, load_dataset_for
 from sotto.errors import SottoError
+from sotto.federated import server as federation
+from sotto.federated.cohort import Carrier, Cohort
+from sotto.federated.server import Decoding
 from sotto.gradients.clipping import CLIPPINGS, Adaptive, Clipping, Unclipped
 from sotto.gradients.engine import Engine, attach
-from sotto.losses import forward_losses
+from sotto.losses import autocast, forward_losses
 from sotto.metrics import no_tensorboard
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
@@ -39,9 +42,9 @@ from sotto.privacy.mechanism import (
     LaplaceMechanism,
 )
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
-from sotto.privacy.plan import Plan, make_plan
+from sotto.privacy.plan import Plan, federated_facts, make_plan
 from sotto.rundir import RunDir, require_writable
-from sotto.training import Mechanism, Session, autocast, check_gradients
+from sotto.training import Mechanism, Session, check_gradients
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.directions import new_key
 from sotto.zeroth_order.engine import ZerothOrder
@@ -50,7 +53,7 @@ from sotto.zeroth_order.presets import PRESETS
 from sotto.zeroth_order.updates import Updates
 
 DIRECTIONS = "directions_key"
-"""In plan.json beside the plan: the key of a run's public directions."""
+"""In plan.json beside the plan: the key of a run's public directions and projections."""
 
 
 @dataclass
@@ -83,24 +86,29 @@ class Loaded:
 
     model: torch.nn.Module
     tokenizer: Any
-    engine: Engine | ZerothOrder
+    engine: Engine | ZerothOrder | Cohort
     data: LoadedData
     microbatch_size: int
     device: torch.device
 
 
-def load_parts(config: Config, directions_key: str) -> Loaded:
+def load_parts(config: Config, directions_key: str, carrier: Carrier | None = None) -> Loaded:
     """Reads the model and the data, and attaches the engine.
 
     Args:
-      directions_key: with zeroth-order gradients, the public key of the run's directions.
+      directions_key: the public key of the run's directions, with zeroth-order gradients, or of its codec.
+      carrier: takes orders to users whose text is elsewhere, in a federated run.
     """
     device = choose_device(config.run.device)
     size = memory_budget.microbatch_size(config, device)  # first: what does not fit is refused before anything is read
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
-    data = load_dataset_for(config, loaded.tokenizer, "train")
+    data = load_dataset_for(config, loaded.tokenizer, "train") if carrier is None else federation.register(config)
     model = prepare(loaded.model, config.method, config.run.seed).to(device)
-    engine = make_engine(model, config, device, directions_key)
+    if config.setting.kind == "federated":
+        pad: Any = loaded.tokenizer.pad_token_id
+        engine = federation.engine_for(config, model, data, pad, make_clipping(config), directions_key, carrier)
+    else:
+        engine = make_engine(model, config, device, directions_key)
     return Loaded(model, loaded.tokenizer, engine, data, size, device)
 
 
@@ -111,11 +119,18 @@ def make_engine(
     if config.method.gradient != "zeroth_order":
         return attach(model.train(), algorithm=config.method.gradient, clipping=make_clipping(config))
 
+    losses = losses_along(model, config, device)
+    return zeroth_order.build(model.eval(), config.method, losses, make_clipping(config), directions_key)
+
+
+def losses_along(model: torch.nn.Module, config: Config, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+    """From a batch to its (B,) losses, for probes."""
+
     def forward(batch: Batch) -> torch.Tensor:
         with autocast(config, device):
             return forward_losses(model, dict(batch), config.data.task)
 
-    return zeroth_order.build(model.eval(), config.method, forward, make_clipping(config), directions_key)
+    return forward
 
 
 def make_clipping(config: Config) -> Clipping:
@@ -136,24 +151,31 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def start(config: Config, stem: str, change: Callable[[Loaded], Loaded] = lambda parts: parts) -> Session:
-    """Begins a new run.
+def start(
+    config: Config,
+    stem: str,
+    change: Callable[[Loaded], Loaded] = lambda parts: parts,
+    carrier: Carrier | None = None,
+) -> Session:
+    """Begins a new run: central, or the server's side of a federated one.
 
     Args:
       change: what to make of model and data when they have been read, for audits.
+      carrier: takes the orders of a federated run to users elsewhere; default: all text is here.
     """
-    require_central(config)
+    require_one_loop(config)
     require_writable(config)
     _require_board(config)
     plan = make_plan(config)
     debug = config.run.debug_noise_seed
     directions_key = new_key() if debug is None else hashlib.blake2b(f"directions {debug}".encode()).hexdigest()[:32]
-    parts = change(load_parts(config, directions_key))
+    parts = change(load_parts(config, directions_key, carrier))
     key = secrets.token_bytes(16) if debug is None else hashlib.blake2b(str(debug).encode(), digest_size=16).digest()
     secret = {
         "sampling_key": key.hex(),
         "ledger": ledger_id(config, parts.data.fingerprint),
         "data": _digest(parts.data),
+        "elsewhere": carrier is not None,
     }
     session = _assemble(config, plan, RunDir.planned(config, stem), parts, secret)
     check_gradients(session)
@@ -196,7 +218,7 @@ def _open_budget(session: Session, secret: dict[str, str]) -> LedgerBudget | NoB
 
 
 def require_central(config: Config) -> None:
-    """Refuses a configuration whose setting this loop would ignore.
+    """Refuses a configuration whose setting would be ignored by a command for central runs.
 
     Raises:
       SottoError: SOT110.
@@ -205,28 +227,44 @@ def require_central(config: Config) -> None:
         raise SottoError(
             "SOT110", what=f"this is the configuration of a {config.setting.kind} run", where="setting.kind",
             why="trained here, text and model would lie on one machine, and setting would protect nothing",
-            fix=f"use 'sotto {config.setting.kind}', which also resumes such runs",
+            fix=f"use 'sotto {config.setting.kind}'",
         )  # fmt: skip
 
 
-def resume(path: str | Path) -> Session:
-    """Continues a run from its newest whole checkpoint, or from its start."""
+def require_one_loop(config: Config) -> None:
+    """Refuses a split run. Raises SOT110."""
+    if config.setting.kind == "split":  # which has two sides, and neither is this loop
+        require_central(config)
+
+
+def resume(path: str | Path, carrier: Carrier | None = None) -> Session:
+    """Continues a run from its newest whole checkpoint, or from its start.
+
+    Args:
+      carrier: as for `start`.
+    """
     run = RunDir.open(path)
     with ExitStack() as held:
         held.enter_context(run.locked())  # before anything is read that another process might still change
-        session = _resume(run)
+        session = _resume(run, carrier)
         session.held = held.pop_all()
     return session
 
 
-def _resume(run: RunDir) -> Session:
+def _resume(run: RunDir, carrier: Carrier | None) -> Session:
     config = run.config()
-    require_central(config)
+    require_one_loop(config)
     plan = Plan.from_dict(run.read_json("plan.json"))
     _require_board(config)
     _require_same_plan(config, plan, run)
     secret = run.read_json("private/secrets.json")
-    parts = load_parts(config, run.read_json("plan.json").get(DIRECTIONS, ""))
+    if secret.get("elsewhere", False) != (carrier is not None):
+        raise SottoError(
+            "SOT804", what="the users of this run are not where this command would look", where=str(run.path),
+            why="a run that asks devices over a network goes on over it, and a simulation in one process",
+            fix="'sotto resume RUN' for a simulation; 'flwr run APP --run-config resume=RUN' for the other",
+        )  # fmt: skip
+    parts = load_parts(config, run.read_json("plan.json").get(DIRECTIONS, ""), carrier)
     if _digest(parts.data) != secret["data"]:
         raise SottoError(
             "SOT507", what="the training data has changed since the run began", where=config.data.train,
@@ -263,6 +301,7 @@ def _require_same_plan(config: Config, plan: Plan, run: RunDir) -> None:
         "method.gradient: layerwise": (method.gradient == "layerwise", plan.layerwise),
         "method.gradient: zeroth_order": (method.probes, plan.probes),
         "method.zeroth_noise": ("laplace" if method.laplace else "gaussian", plan.noise),
+        "setting": (federated_facts(config), plan.setting),
     }
     for key, (now, then) in stated.items():
         if now != then:
@@ -285,6 +324,8 @@ def _digest(data: LoadedData) -> str:
 
 def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, str]) -> Session:
     optimizer = make_optimizer(parts.engine, config)
+    if isinstance(parts.engine, Cohort):
+        parts.engine.run = run.id
     key, debug = bytes.fromhex(secret["sampling_key"]), config.run.debug_noise_seed is not None
     sampler = PoissonSampler(len(parts.data.units), plan.sampling_prob, key, debug)
     return Session(
@@ -305,10 +346,13 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
     )
 
 
-def make_optimizer(engine: Engine | ZerothOrder, config: Config) -> Optimizer | Updates:
+def make_optimizer(engine: Engine | ZerothOrder | Cohort, config: Config) -> Optimizer | Updates | Decoding:
     """What turns releases into weights."""
     if isinstance(engine, Engine):
         return Optimizer(engine.parameters, config.run, config.steps)
+    if isinstance(engine, Cohort) and engine.directions is None:
+        return Decoding(Optimizer(engine.parameters, config.run, config.steps), engine.codec)
+    assert engine.directions is not None
     preset = PRESETS[config.method.zeroth_preset]
     return Updates(engine.parameters, engine.directions, config.run, config.steps, preset)
 
@@ -326,9 +370,9 @@ def make_mechanism(config: Config, plan: Plan, clipping: Clipping, noise: NoiseS
     return mechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
 
 
-def _checkpoint_every(engine: Engine | ZerothOrder, steps: int) -> int:
+def _checkpoint_every(engine: Engine | ZerothOrder | Cohort, steps: int) -> int:
     """Small checkpoints often, large ones about ten times in a run: a crash charges what it lost a second time."""
-    if isinstance(engine, ZerothOrder):
+    if not isinstance(engine, Engine) and engine.directions is not None:
         return 1  # the log of what was released
     megabytes = sum(p.numel() for p in engine.parameters.values()) * 12 / 1e6
     return 1 if megabytes < 10 else max(1, steps // (50 if megabytes < 100 else 10))

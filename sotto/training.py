@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,11 +24,13 @@ from sotto.activations import instead_of_layers
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler, microbatches
 from sotto.errors import SottoError
+from sotto.federated.cohort import Cohort
+from sotto.federated.server import Decoding
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Adaptive
 from sotto.gradients.engine import Engine
 from sotto.gradients.self_check import verify
-from sotto.losses import forward_losses, to_device
+from sotto.losses import autocast, forward_losses, to_device
 from sotto.metrics import Metrics
 from sotto.models.activation_cache import ActivationCache
 from sotto.optim import Optimizer, learning_rate
@@ -63,12 +66,12 @@ class Session:
     run: RunDir
     model: nn.Module
     tokenizer: Any
-    engine: Engine | ZerothOrder
+    engine: Engine | ZerothOrder | Cohort
     data: LoadedData
     sampler: PoissonSampler
     mechanism: Mechanism
     budget: Budget
-    optimizer: Optimizer | Updates
+    optimizer: Optimizer | Updates | Decoding
     device: torch.device
     microbatch_size: int
     checkpoint_every: int
@@ -135,6 +138,8 @@ def clipped_sum(session: Session, units: np.ndarray, step: int) -> ClippedSum:
 
 
 def _clipped_sum(s: Session, units: np.ndarray, step: int) -> ClippedSum:
+    if isinstance(s.engine, Cohort):
+        return s.engine.collect(units, step)
     total = s.engine.zeros()
     if len(units) == 0:
         return total
@@ -157,12 +162,6 @@ def losses_of(s: Session, examples: np.ndarray) -> torch.Tensor:
     batch = batch_of(s, examples)
     with autocast(s.config, s.device), instead_of_layers(s, examples):
         return forward_losses(s.model, batch, s.config.data.task)
-
-
-def autocast(config: Config, device: torch.device) -> Any:
-    if config.model.dtype == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -195,7 +194,7 @@ def dropout_stream(session: Session, step: int) -> Iterator[None]:
 def check_gradients(session: Session) -> None:
     """Compares the engine with plain autograd on a few units: before anything is written, and when its rules change."""
     s = session
-    if len(s.data.units) == 0:
+    if len(s.data.units) == 0 or isinstance(s.engine, Cohort):  # whose devices train as they like
         return
     units = s.sampler.draw(s.step, 0)[:CHECKED_UNITS]
     if len(units) < 2:
@@ -224,6 +223,7 @@ def _verify(s: Session, examples: np.ndarray, unit_of: np.ndarray) -> None:
     if isinstance(s.engine, ZerothOrder):
         s.engine.check(batch_of(s, examples))
         return
+    assert isinstance(s.engine, Engine)
     units = torch.from_numpy(unit_of).to(s.device)
     # Autocast is on inside `losses_of` only, so `verify` cannot see it for itself.
     tolerance = BFLOAT16_TOLERANCE if s.config.model.dtype == "bfloat16" else None
@@ -239,6 +239,7 @@ def private_numbers(s: Session, total: ClippedSum, units: np.ndarray) -> dict[st
         "clipped_fraction": float((factor_UG < 1).float().mean()) if len(norms) else None,
         "median_norm": float(norms.median()) if len(norms) else None,
         "not_finite": len(total.norms) - len(norms),
+        **({"answers": dataclasses.asdict(s.engine.heard)} if isinstance(s.engine, Cohort) else {}),
     }
 
 

@@ -80,7 +80,7 @@ def audit_by_planting(config: Config, canaries: int, confidence: float = 0.95) -
         return dataclasses.replace(parts, data=among(parts.data, data, np.flatnonzero(planted)))
 
     session = sessions.start(config, "audit", plant)
-    run = commands._run(session, None)
+    run = commands.run_session(session, None)
     if not run.finished or run.epsilon is None:
         raise SottoError(
             "SOT705", what="the audit's run was stopped", where=str(run.path),

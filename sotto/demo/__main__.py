@@ -67,13 +67,13 @@ def configure(train: Path, test: Path, num_units: int) -> Config:
 def train_and_score(config: Config) -> tuple[Run, float, float]:
     """Trains, then scores on customers that were never trained on. Returns (run, accuracy, seconds of training)."""
     from sotto import session
-    from sotto.commands import _run
+    from sotto.commands import run_session
     from sotto.report.progress import progress_line
 
     begun = time.perf_counter()
     started = session.start(config, "bank")
     with progress_line(started) as update:
-        run = _run(started, update)
+        run = run_session(started, update)
     seconds = time.perf_counter() - begun
     return run, evaluate(run.path)["accuracy"], seconds
 

@@ -58,7 +58,13 @@ def add_lora(model: nn.Module, method: MethodSection, task: str, seed: int) -> P
         fan_in_fan_out=conv1d,
         **_spelled(model, chosen, method.lora_layers),
     )
-    return wrap(model, config, seed)
+    wrapped = wrap(model, config, seed)
+    if method.lora_train == "up":
+        # FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): the update is then linear in what is trained, so that noise on
+        # the two factors does not multiply.
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
+    return wrapped
 
 
 def wrap(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:

@@ -51,6 +51,7 @@ class Plan:
       layerwise: every layer of a unit's gradient is clipped on its own; the noise covers all of them together.
       probes: how many numbers a step releases with zeroth-order gradients; 0 when it releases gradients.
       noise: the law of the noise. Laplace: numbers are clipped in L1 norm, and epsilon holds at delta 0.
+      setting: of a federated run, what its section `setting` says; else None.
       result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
     """
@@ -75,6 +76,7 @@ class Plan:
     layerwise: bool = False
     probes: int = 0
     noise: Literal["gaussian", "laplace"] = "gaussian"
+    setting: dict[str, Any] | None = None
     result: str = ""
     memory: dict[str, int] | None = None
 
@@ -192,8 +194,14 @@ def make_plan(config: Config) -> Plan:
         layerwise=config.method.gradient == "layerwise",
         probes=config.method.probes,
         noise="laplace" if config.method.laplace else "gaussian",
+        setting=federated_facts(config),
         result=_result(config),
     )
+
+
+def federated_facts(config: Config) -> dict[str, Any] | None:
+    """What the section `setting` of a federated run says; None for other runs."""
+    return config.setting.model_dump(mode="json") if config.setting.kind == "federated" else None
 
 
 def _result(config: Config) -> str:

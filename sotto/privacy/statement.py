@@ -13,6 +13,7 @@ from typing import Any
 
 from sotto.errors import SottoError
 from sotto.privacy import accounting
+from sotto.privacy.adversaries import Adversary, adversaries
 from sotto.privacy.plan import Plan
 
 NOT_COVERED = (
@@ -47,6 +48,11 @@ class Guarantee:
     def epsilon_at_delta(self) -> float:
         """Epsilon at the plan's delta, which a pure guarantee has as well."""
         return self.plan.epsilon_at(self.steps_charged, self.plan.delta) if self.plan.pure else self.epsilon
+
+    @property
+    def adversaries(self) -> list[Adversary]:
+        """Against whom a federated run protects, and how far; empty for a central one."""
+        return adversaries(self.plan, self.epsilon, self.steps_charged) if self.plan.setting else []
 
     @property
     def mu(self) -> float:
@@ -133,6 +139,7 @@ def text(guarantee: Guarantee) -> str:
     ]
     if lost:
         lines += [f"  {lost} step(s) were lost and done again; they are charged twice ({g.steps_charged:,} in all)."]
+    lines += _against_whom(g)
     lines += [
         "",
         "THIS DATASET",
@@ -146,6 +153,16 @@ def text(guarantee: Guarantee) -> str:
         *(f"  * {item}" for item in NOT_COVERED),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _against_whom(g: Guarantee) -> list[str]:
+    if not g.adversaries:
+        return []
+    lines = ["", "AGAINST WHOM"]
+    for a in g.adversaries:
+        bound = "NO GUARANTEE" if a.epsilon is None else f"epsilon {accounting.round_up(a.epsilon)}"
+        lines += _paragraph(f"* {a.who}: {bound}. Sees {a.sees}. Because: {a.because}.")
+    return lines
 
 
 def _except(g: Guarantee) -> str:
@@ -170,6 +187,9 @@ def _accounting(plan: Plan) -> str:
 
 def _clipping(plan: Plan) -> str:
     what = "each layer of its gradient, so that the whole had" if plan.layerwise else "its gradient to"
+    if plan.setting:
+        codec = "" if plan.setting["codec"] == "none" else f", encoded as {plan.setting['latent']:,} numbers,"
+        what = f"what its device would change of the weights{codec} to"
     if plan.probes:
         numbers = "the change of its loss along one public random direction to"
         if plan.probes > 1:
@@ -222,5 +242,6 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),
         "released": "final weights and all checkpoints",
         "not_covered": list(NOT_COVERED),
+        "adversaries": [a.to_dict() for a in g.adversaries] or None,
         "versions": versions,
     }

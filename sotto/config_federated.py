@@ -1,0 +1,61 @@
+"""The section `setting` of a federated run: what a user's device computes, and what it becomes before it is sent."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sotto.config_types import Count, Positive, Real, Section
+
+CodecName = Literal["none", "srht", "subspace", "learned", "autoencoder"]
+
+
+class FederatedSetting(Section):
+    """Text stays with its users; a server gets one bounded vector of each user who takes part in a round.
+
+    `run` is the server's: its steps are rounds, `expected_batch_size` is the expected number of users in a round, and
+    its optimizer applies what the rounds release. `privacy.num_units` is the number of registered users.
+    """
+
+    kind: Literal["federated"]
+    """Where data and compute live: `federated` over the devices of users, or over sites that hold several users."""
+    local_epochs: Count = 1
+    """Passes of a device over its user's examples in a round."""
+    local_batch_size: Count = 8
+    """Examples in a local step."""
+    local_learning_rate: Positive = 0.1
+    """Of the local steps. What the server makes of the result is `run.learning_rate`."""
+    local_optimizer: Literal["sgd", "adamw"] = "sgd"
+    """What takes the local steps. It starts afresh in every round."""
+    local_clip_norm: Positive | None = None
+    """Bound on the norm of a local step's gradient, against outliers; it has no part in the guarantee."""
+    codec: CodecName = "none"
+    """How an update is shortened. `none`: not at all. `srht`: a public random projection, new in every round, for
+    bandwidth. `subspace`: the directions in which gradients of public text vary most, for less noise. `learned`: the
+    directions of earlier releases, and some random ones. `autoencoder`: a network trained on random numbers, to compare
+    with; it prints how little it keeps."""
+    latent: Count | None = None
+    """Numbers that are sent of an update, with any codec but `none`."""
+    public_data: str | None = None
+    """`subspace`: a file of public text of the shape of `data.train`. It is not protected."""
+    statistics_noise: Positive | None = None
+    """`autoencoder`: noise multiplier of the one release of the mean and size of updates that it is trained on. Without
+    it, it is trained on numbers of the same size everywhere, and no user is asked."""
+    noise: Literal["server", "clients"] = "server"
+    """Who adds the noise. `server`: the sum is noised after it was taken; the server is trusted with it. `clients`:
+    each adds a share, so that the sum of those who answer carries enough."""
+    dropouts: Annotated[Real, Field(ge=0, lt=1)] = 0.2
+    """`noise: clients`: the part of the drawn users that may fail to answer without the noise falling short."""
+    timeout: Positive = 600.0
+    """Seconds that a round waits for answers. Who is late has not answered."""
+
+    @model_validator(mode="after")
+    def _codec_has_its_numbers(self) -> FederatedSetting:
+        if (self.codec == "none") != (self.latent is None):
+            raise ValueError("latent is how many numbers a codec sends: every codec but none needs it")
+        if (self.codec == "subspace") != (self.public_data is not None):
+            raise ValueError("public_data belongs to codec: subspace, which needs it")
+        if self.statistics_noise is not None and self.codec != "autoencoder":
+            raise ValueError("statistics_noise belongs to codec: autoencoder")
+        return self

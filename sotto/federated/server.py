@@ -1,0 +1,211 @@
+"""A federated run as the training loop sees it: the model and the register of users here, the text elsewhere.
+
+The loop, the plan, the ledger, the noise, the checkpoints and the statement are those of every run. What differs is
+where a clipped sum comes from (`cohort`), and that an update is decoded before the optimizer applies it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from sotto.config import Config
+from sotto.config_federated import FederatedSetting
+from sotto.data import DataReport, Examples, LoadedData, Units
+from sotto.errors import SottoError
+from sotto.federated.client import Client, Computes, LocalTraining, Order, Probing
+from sotto.federated.codec import Codec, Identity, Srht
+from sotto.federated.cohort import LATENT, Carrier, Cohort
+from sotto.federated.layout import Layout, model_fingerprint
+from sotto.gradients.clipping import Clipping
+from sotto.optim import Optimizer
+from sotto.zeroth_order import engine as zeroth_order
+from sotto.zeroth_order.release import NAME
+
+
+def setting_of(config: Config) -> FederatedSetting:
+    """The section `setting` of a federated configuration.
+
+    Raises:
+      SottoError: SOT801, it is another kind.
+    """
+    if isinstance(config.setting, FederatedSetting):
+        return config.setting
+    raise SottoError(
+        "SOT801", what=f"setting.kind is '{config.setting.kind}'", where="setting.kind",
+        why="this command trains over the devices of users", fix="write setting: {kind: federated}",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What server and devices must have in common. All of it is public.
+
+    Attributes:
+      model: fingerprint of the frozen weights and of the shape of the trained ones.
+      codec: what `Codec.spec` gives.
+      local: how a device trains.
+      unit, num_units, sampling_prob, steps, noise_multiplier, clip_norm, delta: of the plan; steps with spare ones.
+    """
+
+    model: str
+    codec: dict[str, object]
+    local: dict[str, object]
+    unit: str
+    num_units: int
+    sampling_prob: float
+    steps: int
+    noise_multiplier: float
+    clip_norm: float
+    delta: float
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.__dict__, sort_keys=True).encode()).hexdigest()
+
+
+class Decoding:
+    """An optimizer whose updates come encoded. It has the interface of `sotto.optim.Optimizer`."""
+
+    def __init__(self, inner: Optimizer, codec: Codec):
+        self.inner, self.codec, self.layout = inner, codec, Layout.of(inner.parameters)
+
+    def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
+        """Applies one release: `update["latent"]` is (k,)."""
+        self.inner.step(self.layout.split(self.codec.decode(update[LATENT], step)), step)
+
+    @property
+    def ema(self) -> dict[str, torch.Tensor]:
+        return self.inner.ema
+
+    def final_weights(self) -> dict[str, torch.Tensor]:
+        return self.inner.final_weights()
+
+    def stored_weights(self) -> dict[str, torch.Tensor]:
+        return self.inner.stored_weights()
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return self.inner.state_tensors()
+
+    def restore(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.inner.restore(weights, tensors)
+
+
+def codec_for(setting: FederatedSetting, size: int, key: str) -> Codec:
+    """The codec of a configuration.
+
+    Args:
+      size: n, elements of an update.
+      key: the run's public key.
+
+    Raises:
+      SottoError: SOT802, the latent is larger than the update.
+    """
+    if setting.latent is not None and setting.latent > size:
+        raise SottoError(
+            "SOT802", what=f"setting.latent is {setting.latent:,}, and an update has {size:,} numbers",
+            where="setting.latent", why="a codec shortens", fix="lower setting.latent, or set setting.codec: none",
+        )  # fmt: skip
+    if setting.codec == "srht":
+        assert setting.latent is not None
+        return Srht(size, setting.latent, key)
+    return Identity(size)
+
+
+def engine_for(
+    config: Config,
+    model: nn.Module,
+    data: LoadedData,
+    pad: int,
+    clipping: Clipping,
+    key: str,
+    carrier: Carrier | None,
+) -> Cohort:
+    """The engine of the server's loop.
+
+    Args:
+      data: the text of all users, where it is here; else their register.
+      pad: the tokenizer's padding.
+      carrier: takes orders to users elsewhere; None: they are all here.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    codec = codec_for(setting_of(config), Layout.of(parameters).size, key)
+    probing = config.method.zeroth_order
+    if probing:
+        codec = Identity(config.method.probes)
+    if carrier is None:
+        carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data))
+    cohort = Cohort(parameters, clipping, codec, carrier, NAME if probing else LATENT)
+    if probing:
+        cohort.directions = zeroth_order.directions(model, config.method, key)
+    return cohort
+
+
+def local_computation(config: Config, model: nn.Module, data: LoadedData, pad: int, key: str) -> Computes:
+    """What a device does with an order, before encoding."""
+    if not config.method.zeroth_order:
+        return LocalTraining(config, setting_of(config), model, data, pad)
+    from sotto import session  # which asks for engines of federated runs here
+
+    device = next(model.parameters()).device
+    clipping = session.make_clipping(config)
+    engine = zeroth_order.build(model.eval(), config.method, session.losses_along(model, config, device), clipping, key)
+    return Probing(engine, data, pad)
+
+
+def in_process(client: Client) -> Carrier:
+    """Carries orders to users whose text is all here, one after the other."""
+
+    def carry(order: Order, users: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+        # The trained weights of the client are those of the server, which the order must not change.
+        kept = Order(order.step, order.clip_norm, {n: w.clone() for n, w in order.weights.items()}, order.run)
+        for user in users.tolist():
+            yield user, client.answer(kept, user)
+
+    return carry
+
+
+def agreement(config: Config, model: nn.Module, codec: Codec) -> Agreement:
+    """What a server with this configuration and model asks devices to agree to."""
+    from sotto.privacy.plan import make_plan
+
+    plan, setting = make_plan(config), setting_of(config)
+    local = {k: v for k, v in setting.model_dump(mode="json").items() if k.startswith("local_")}
+    local |= {"method": config.method.model_dump(mode="json"), "task": config.data.task}
+    return Agreement(
+        model=model_fingerprint(model),
+        codec=codec.spec(),
+        local=local,
+        unit=plan.unit,
+        num_units=plan.num_units,
+        sampling_prob=plan.sampling_prob,
+        steps=plan.total_steps,
+        noise_multiplier=plan.noise_multiplier,
+        clip_norm=plan.clip_norm,
+        delta=plan.delta,
+    )
+
+
+def register(config: Config) -> LoadedData:
+    """The register of a run whose text is elsewhere: `privacy.num_units` users, of whom nothing is known here.
+
+    Raises:
+      SottoError: SOT803, the dataset has no name to keep its ledger under.
+    """
+    name, count = config.privacy.dataset, config.privacy.num_units
+    if name is None:
+        raise SottoError(
+            "SOT803", what="privacy.dataset is missing", where="privacy.dataset",
+            why="the ledger of a federated run cannot be found by its text, which the server never sees",
+            fix="name the register of users: privacy: {dataset: clinic-phones}",
+        )  # fmt: skip
+    units = Units(np.zeros(count + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    report = DataReport("register", 0, 0, 0, 0, {}, count, (0, 0, 0), 0, 0, None, [])
+    empty = Examples.build([], rows=[], labels=np.zeros(0, dtype=np.int64) if config.data.label else None)
+    return LoadedData(empty, units, report, name)

@@ -1,0 +1,84 @@
+"""Who could attack a federated run, and what each is kept from: three adversaries, three numbers.
+
+A guarantee about the released model says nothing about a server that saw what every user sent. So each is named:
+whoever gets the model, or the weights of a round, that is also every other user; the server, where it only ever learns
+sums; and the server that sees each message by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sotto.privacy import accounting
+from sotto.privacy.accounting import Gaussian
+from sotto.privacy.plan import Plan
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """What one adversary is kept from.
+
+    Attributes:
+      who: in words.
+      sees: in words.
+      epsilon: at the plan's delta, an upper bound; None where nothing is promised.
+      because: where epsilon comes from, or why there is none.
+    """
+
+    who: str
+    sees: str
+    epsilon: float | None
+    because: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def share_multiplier(noise_multiplier: float, expected_users: int, dropouts: float) -> float:
+    """Standard deviation of one user's share of the noise over the clip norm.
+
+    The sum of the shares of (1 - dropouts) * expected_users users has `noise_multiplier`: variances add up.
+    """
+    return noise_multiplier / least_answers(expected_users, dropouts) ** 0.5
+
+
+def least_answers(expected_users: int, dropouts: float) -> int:
+    """The number of answers whose shares are all of the noise. With fewer the server adds what is missing."""
+    return max(1, int((1 - dropouts) * expected_users))
+
+
+def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
+    """The three of a federated plan.
+
+    Args:
+      epsilon: the central guarantee of the run.
+      rounds: that were charged.
+    """
+    assert plan.setting is not None
+    outside = Adversary(
+        "whoever gets the released model, and every other user",
+        "the weights of every round",
+        epsilon,
+        "the noise on every sum, and sampling that nobody outside the server sees",
+    )
+    if plan.setting["noise"] == "server":
+        return [
+            outside,
+            Adversary("the server, where it learns sums alone", "sums, and adds the noise to them itself", None,
+                      "the noise is its own, so it knows the sum without it"),
+            Adversary("the server as it is", "each drawn user's vector, bounded and not noised", None,
+                      "it is trusted with these vectors; on the way they are encrypted"),
+        ]  # fmt: skip
+    share = share_multiplier(plan.noise_multiplier, plan.expected_batch_size, plan.setting["dropouts"])
+    # The server draws the users itself, so nothing is amplified for it; a user may be drawn in every round.
+    central = accounting.composed_epsilon([(Gaussian(plan.noise_multiplier), rounds)], plan.delta)
+    local = accounting.composed_epsilon([(Gaussian(share), rounds)], plan.delta)
+    return [
+        outside,
+        Adversary("the server, where it learns sums alone (secure aggregation, which is not part of this release)",
+                  "sums that carry the users' noise", central,
+                  "the users' shares together; the server knows whom it drew"),
+        Adversary("the server as it is", "each drawn user's vector with that user's share of the noise", local,
+                  f"the share alone, for a user who is drawn in all of {rounds:,} rounds"),
+    ]  # fmt: skip

@@ -1,0 +1,194 @@
+"""Whole federated runs in one process: the statement, the ledger, resuming, and agreement with central training."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_runs
+
+import sotto
+from sotto import cli
+from sotto import session as sessions
+from sotto.errors import SottoError
+from sotto.federated.simulate import simulate
+from sotto.privacy import accounting
+from sotto.privacy.ledger import Ledger
+
+FEDERATED: dict[str, Any] = {"kind": "federated", "local_batch_size": 2, "local_learning_rate": 0.05}
+
+
+def config(folder: Path, setting: dict[str, Any] | None = None, **changes: dict[str, Any]) -> sotto.Config:
+    return tiny_runs.config(folder, setting={**FEDERATED, **(setting or {})}, **changes)
+
+
+def debug(folder: Path, **changes: Any) -> sotto.Config:
+    changes["run"] = {"debug_noise_seed": 5, **changes.get("run", {})}
+    return config(folder, **changes)
+
+
+METHODS = {
+    "full": {"method": {"train": "full"}},
+    "lora up": {"method": {"train": "lora", "lora_train": "up"}},
+    "side": {"method": {"train": "side", "side_reduction": 2}},
+    "srht": {"setting": {"codec": "srht", "latent": 300}},
+    "adaptive": {"method": {"train": "full", "clipping": "adaptive"}},
+    "yogi": {"run": {"optimizer": "yogi"}},
+    "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_and_states_its_guarantee(name: str, tmp_path: Path):
+    run = simulate(config(tmp_path, **METHODS[name]))
+    plan = json.loads((run.path / "plan.json").read_text())
+    facts = json.loads((run.path / "privacy.json").read_text())
+    epsilon = accounting.epsilon(plan["noise_multiplier"], plan["sampling_prob"], run.steps, plan["delta"])
+    assert facts["epsilon"] == pytest.approx(epsilon, rel=2e-3)
+    assert epsilon - 1e-9 <= facts["epsilon"] <= plan["epsilon"]
+    assert [a["epsilon"] for a in facts["adversaries"]] == [pytest.approx(facts["epsilon"], abs=2e-6), None, None]
+    assert "NO GUARANTEE" in run.statement
+    assert sotto.load(run.path / "model") is not None
+    secret = json.loads((run.path / "private" / "secrets.json").read_text())
+    entry = Ledger.open(secret["ledger"]).runs[run.path.name]
+    assert entry.closed
+    assert entry.reserved == run.steps == 4
+
+
+def test_ffa_lora_trains_the_upper_factors_alone(tmp_path: Path):
+    run = simulate(config(tmp_path, method={"train": "lora", "lora_train": "up"}))
+    names = [n for n, p in run.model.named_parameters() if p.requires_grad]
+    assert names
+    assert not [name for name in names if "lora_A" in name]
+
+
+@pytest.mark.parametrize("name", ["full", "srht", "adaptive", "yogi", "zeroth order"])
+def test_a_run_that_was_stopped_ends_at_the_same_weights(name: str, tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = simulate(debug(tmp_path / "a", **METHODS[name]))
+
+    def stop(done: int, values: dict[str, Any]) -> None:
+        if done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    halted = simulate(debug(tmp_path / "b", **METHODS[name]), progress=stop)
+    assert not halted.finished
+    resumed = sotto.resume(halted.path)
+    assert resumed.finished
+    tiny_runs.assert_same(tiny_runs.final_weights(whole.path), tiny_runs.final_weights(resumed.path))
+
+
+def test_a_killed_round_is_charged_again_with_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    session = sessions.start(config(tmp_path, run={"spare_steps": 5}), "run")
+    session.held.close()
+    asked: list[tuple[int, int]] = []
+
+    def draw(step: int, attempt: int = 0) -> np.ndarray:
+        asked.append((step, attempt))
+        raise KeyboardInterrupt
+
+    session.sampler.draw = draw  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        sotto.commands.run_session(session, None)
+    done = sotto.resume(session.run.path)
+    assert done.finished
+    assert asked == [(0, 0)]
+    facts = json.loads((done.path / "privacy.json").read_text())
+    assert (facts["steps"], facts["steps_charged"]) == (4, 5)
+
+
+def test_one_local_step_of_everybody_is_a_step_on_the_mean_of_their_gradients(tmp_path: Path):
+    """With no noise, no clipping and one local step, start minus end is the local rate times each user's gradient."""
+    one = {"epsilon": "none", "max_examples_per_unit": 1}
+    sgd = {"optimizer": "sgd", "steps": 1, "schedule": "constant", "expected_batch_size": 60}
+    for name in ("federated", "central"):
+        (tmp_path / name).mkdir()
+    setting = {"local_learning_rate": 0.5}
+    federated = simulate(
+        config(tmp_path / "federated", setting=setting, privacy=one, run={**sgd, "learning_rate": 1.0})
+    )
+    central = sotto.train(tiny_runs.config(tmp_path / "central", privacy=one, run={**sgd, "learning_rate": 0.5}))
+    tiny_runs.assert_same(
+        tiny_runs.final_weights(central.path), tiny_runs.final_weights(federated.path), tolerance=1e-5
+    )
+
+
+def test_scalars_of_users_are_those_of_central_zeroth_order_training(tmp_path: Path):
+    method = {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 3}
+    for name in ("federated", "central"):
+        (tmp_path / name).mkdir()
+    federated = simulate(debug(tmp_path / "federated", method=method))
+    central = sotto.train(tiny_runs.config(tmp_path / "central", method=method, run={"debug_noise_seed": 5}))
+    tiny_runs.assert_same(
+        tiny_runs.final_weights(federated.path), tiny_runs.final_weights(central.path), tolerance=1e-4
+    )
+
+
+def test_nothing_private_is_in_public_files(tmp_path: Path):
+    run = simulate(config(tmp_path))
+    public = (run.path / "metrics.public.jsonl").read_text()
+    for word in ("units", "norm", "answer", "loss"):
+        assert f'"{word}' not in public.replace("clip_norm", "").replace("update_norm", "")
+    for path in run.path.rglob("*"):
+        if path.is_file() and "private" not in path.parts and path.name != "metrics.private.jsonl":
+            assert tiny_runs.CANARY.encode() not in path.read_bytes(), path
+
+
+def test_with_noise_of_the_users_the_server_has_a_number_too(tmp_path: Path):
+    plan = sotto.plan(config(tmp_path, setting={"noise": "clients"}))
+    from sotto.privacy.adversaries import adversaries, least_answers, share_multiplier
+
+    outside, sums, alone = adversaries(plan, 1.0, plan.total_steps)
+    share = share_multiplier(plan.noise_multiplier, 12, 0.2)
+    assert least_answers(12, 0.2) * share**2 == pytest.approx(plan.noise_multiplier**2)
+    assert outside.epsilon == 1.0
+    assert sums.epsilon is not None
+    assert alone.epsilon is not None
+    assert 1.0 < sums.epsilon < alone.epsilon
+
+
+REFUSED = [
+    ({"codec": "srht"}, {}, "latent"),
+    ({"latent": 5}, {}, "latent"),
+    ({"codec": "subspace", "latent": 5}, {}, "public_data"),
+    ({}, {"method": {"clipping": "automatic"}}, "clipping"),
+    ({}, {"method": {"gradient": "ghost"}}, "gradient"),
+    ({"codec": "srht", "latent": 5}, {"method": {"gradient": "zeroth_order"}}, "codec"),
+    ({"noise": "clients"}, {"method": {"clipping": "adaptive"}}, "flat"),
+]
+
+
+@pytest.mark.parametrize(("setting", "changes", "word"), REFUSED)
+def test_combinations_without_a_meaning_are_refused(setting, changes, word: str, tmp_path: Path):
+    with pytest.raises(SottoError, match=word):
+        config(tmp_path, setting=setting, **changes)
+
+
+def test_settings_and_commands_belong_together(tmp_path: Path):
+    with pytest.raises(SottoError, match="SOT110"):
+        sotto.train(config(tmp_path))
+    with pytest.raises(SottoError, match="SOT801"):
+        simulate(tiny_runs.config(tmp_path))
+
+
+def test_the_codec_may_not_change_when_a_run_goes_on(tmp_path: Path):
+    def stop(done: int, values: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    run = simulate(config(tmp_path), progress=stop)
+    path = run.path / "config.yaml"
+    path.write_text(path.read_text().replace("local_batch_size: 2", "local_batch_size: 3"))
+    with pytest.raises(SottoError, match="SOT514"):
+        sotto.resume(run.path)
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    path = tiny_runs.write_yaml(tmp_path, setting=FEDERATED)
+    monkeypatch.setattr("sys.argv", ["sotto", "federated", "simulate", str(path), "--set", "run.steps=2"])
+    cli.main()
+    assert "AGAINST WHOM" in capsys.readouterr().out
