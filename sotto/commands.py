@@ -155,8 +155,16 @@ def _finished(path: str | Path) -> Run | None:
     return Run(run.path, model, statement, facts.get("epsilon"), finished=True, steps=steps, notes=[])
 
 
-def run_session(session: Any, progress: Callable[[int, dict[str, Any]], None] | None) -> Run:
-    """Runs what `sotto.session` built to its end, or until it is stopped."""
+def run_session(
+    session: Any,
+    progress: Callable[[int, dict[str, Any]], None] | None,
+    loop: Callable[[Any, Any], bool] | None = None,
+) -> Run:
+    """Runs what `sotto.session` built to its end, or until it is stopped.
+
+    Args:
+      loop: takes all steps, given session and metrics, and says whether it came to the end; default: `train_loop`.
+    """
     from safetensors import SafetensorError
 
     from sotto import activations
@@ -174,7 +182,7 @@ def run_session(session: Any, progress: Callable[[int, dict[str, Any]], None] | 
                 if session.config.method.side_cache and session.step < session.plan.steps:
                     session.activations = activations.fill(session, autocast(session.config, session.device))
                 with graceful_stop(session):
-                    finished = train_loop(session, metrics)
+                    finished = (loop or train_loop)(session, metrics)
             finally:
                 metrics.close()
             guarantee, statement = finish(session) if finished else (None, None)

@@ -260,7 +260,7 @@ def _resume(run: RunDir, carrier: Carrier | None) -> Session:
     secret = run.read_json("private/secrets.json")
     if secret.get("elsewhere", False) != (carrier is not None):
         raise SottoError(
-            "SOT804", what="the users of this run are not where this command would look", where=str(run.path),
+            "SOT934", what="the users of this run are not where this command would look", where=str(run.path),
             why="a run that asks devices over a network goes on over it, and a simulation in one process",
             fix="'sotto resume RUN' for a simulation; 'flwr run APP --run-config resume=RUN' for the other",
         )  # fmt: skip

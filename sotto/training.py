@@ -87,34 +87,48 @@ class Session:
 
 def train_loop(session: Session, metrics: Metrics) -> bool:
     """Runs from `session.step` to the end. Returns False if it was stopped by a signal and can be resumed."""
-    s, plan = session, session.plan
-    for step in range(s.step, plan.steps):
-        attempt = s.budget.reserve(step)  # write-ahead: the spend is on disk before data is touched
-        if attempt is None:
-            s.notes.append(f"stopped after {step} of {plan.steps} steps: the next one would have passed the budget")
-            save_checkpoint(s)
+    s = session
+    for step in range(s.step, s.plan.steps):
+        units = begin_step(s, step)
+        if units is None:
             break
-        units = s.sampler.draw(step, attempt)  # Poisson; may be empty, and then still noises
         with dropout_stream(s, step):
             total = clipped_sum(s, units, step)
         if s.engine.arrangement != s.engine.verified:  # some module has gone over to another rule
             check_gradients(s)
-        private = private_numbers(s, total, units)
-        update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
-        sensitivity = total.sensitivity
-        del total  # the optimizer and the next batch need the room
-        s.optimizer.step(update, step)
-        s.step = step + 1
-        public = public_numbers(s, step, sensitivity)
-        (public if plan.private else private)["update_norm"] = norm_of(update)  # public only after noise
-        del update
-        metrics.log(s.step, public, private)
-        s.progress(s.step, {**public, **private})
-        if s.stop_requested or s.step % s.checkpoint_every == 0 or s.step == plan.steps:
-            save_checkpoint(s)
-        if s.stop_requested and s.step < plan.steps:
+        finish_step(s, step, units, total, metrics)
+        if s.stop_requested and s.step < s.plan.steps:
             return False
     return True
+
+
+def begin_step(session: Session, step: int) -> np.ndarray | None:
+    """Pays for a step and draws its units. Returns None when nothing is left to pay with."""
+    s = session
+    attempt = s.budget.reserve(step)  # write-ahead: the spend is on disk before data is touched
+    if attempt is None:
+        s.notes.append(f"stopped after {step} of {s.plan.steps} steps: the next one would have passed the budget")
+        save_checkpoint(s)
+        return None
+    return s.sampler.draw(step, attempt)  # Poisson; may be empty, and then still noises
+
+
+def finish_step(session: Session, step: int, units: np.ndarray, total: ClippedSum, metrics: Metrics) -> None:
+    """Noises a step's sum, which is emptied, updates the weights, and saves what is due."""
+    s = session
+    private = private_numbers(s, total, units)
+    update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
+    sensitivity = total.sensitivity
+    total.gradients.clear()  # the optimizer and the next batch need the room
+    s.optimizer.step(update, step)
+    s.step = step + 1
+    public = public_numbers(s, step, sensitivity)
+    (public if s.plan.private else private)["update_norm"] = norm_of(update)  # public only after noise
+    del update
+    metrics.log(s.step, public, private)
+    s.progress(s.step, {**public, **private})
+    if s.stop_requested or s.step % s.checkpoint_every == 0 or s.step == s.plan.steps:
+        save_checkpoint(s)
 
 
 def clipped_sum(session: Session, units: np.ndarray, step: int) -> ClippedSum:

@@ -300,5 +300,5 @@ def test_the_fingerprint_is_of_frozen_bytes_and_of_trained_shapes():
 
 
 def test_a_latent_larger_than_the_update_is_refused(tmp_path):
-    with pytest.raises(SottoError, match="SOT802"):
+    with pytest.raises(SottoError, match="SOT932"):
         local(tmp_path, codec="srht", latent=10**9)

@@ -172,7 +172,7 @@ def test_combinations_without_a_meaning_are_refused(setting, changes, word: str,
 def test_settings_and_commands_belong_together(tmp_path: Path):
     with pytest.raises(SottoError, match="SOT110"):
         sotto.train(config(tmp_path))
-    with pytest.raises(SottoError, match="SOT801"):
+    with pytest.raises(SottoError, match="SOT931"):
         simulate(tiny_runs.config(tmp_path))
 
 

@@ -25,6 +25,7 @@ from sotto.federated.cohort import LATENT, Carrier, Cohort
 from sotto.federated.layout import Layout, model_fingerprint
 from sotto.gradients.clipping import Clipping
 from sotto.optim import Optimizer
+from sotto.privacy.plan import Plan
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.release import NAME
 
@@ -33,12 +34,12 @@ def setting_of(config: Config) -> FederatedSetting:
     """The section `setting` of a federated configuration.
 
     Raises:
-      SottoError: SOT801, it is another kind.
+      SottoError: SOT931, it is another kind.
     """
     if isinstance(config.setting, FederatedSetting):
         return config.setting
     raise SottoError(
-        "SOT801", what=f"setting.kind is '{config.setting.kind}'", where="setting.kind",
+        "SOT931", what=f"setting.kind is '{config.setting.kind}'", where="setting.kind",
         why="this command trains over the devices of users", fix="write setting: {kind: federated}",
     )  # fmt: skip
 
@@ -51,12 +52,14 @@ class Agreement:
       model: fingerprint of the frozen weights and of the shape of the trained ones.
       codec: what `Codec.spec` gives.
       local: how a device trains.
+      directions: the public key of zeroth-order directions, or None.
       unit, num_units, sampling_prob, steps, noise_multiplier, clip_norm, delta: of the plan; steps with spare ones.
     """
 
     model: str
     codec: dict[str, object]
     local: dict[str, object]
+    directions: str | None
     unit: str
     num_units: int
     sampling_prob: float
@@ -97,7 +100,7 @@ class Decoding:
         self.inner.restore(weights, tensors)
 
 
-def codec_for(setting: FederatedSetting, size: int, key: str) -> Codec:
+def codec_for(config: Config, size: int, key: str) -> Codec:
     """The codec of a configuration.
 
     Args:
@@ -105,11 +108,14 @@ def codec_for(setting: FederatedSetting, size: int, key: str) -> Codec:
       key: the run's public key.
 
     Raises:
-      SottoError: SOT802, the latent is larger than the update.
+      SottoError: SOT932, the latent is larger than the update.
     """
+    setting = setting_of(config)
+    if config.method.zeroth_order:
+        return Identity(config.method.probes)
     if setting.latent is not None and setting.latent > size:
         raise SottoError(
-            "SOT802", what=f"setting.latent is {setting.latent:,}, and an update has {size:,} numbers",
+            "SOT932", what=f"setting.latent is {setting.latent:,}, and an update has {size:,} numbers",
             where="setting.latent", why="a codec shortens", fix="lower setting.latent, or set setting.codec: none",
         )  # fmt: skip
     if setting.codec == "srht":
@@ -135,10 +141,8 @@ def engine_for(
       carrier: takes orders to users elsewhere; None: they are all here.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    codec = codec_for(setting_of(config), Layout.of(parameters).size, key)
+    codec = codec_for(config, Layout.of(parameters).size, key)
     probing = config.method.zeroth_order
-    if probing:
-        codec = Identity(config.method.probes)
     if carrier is None:
         carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data))
     cohort = Cohort(parameters, clipping, codec, carrier, NAME if probing else LATENT)
@@ -171,17 +175,19 @@ def in_process(client: Client) -> Carrier:
     return carry
 
 
-def agreement(config: Config, model: nn.Module, codec: Codec) -> Agreement:
-    """What a server with this configuration and model asks devices to agree to."""
-    from sotto.privacy.plan import make_plan
+def what_devices_do(config: Config) -> dict[str, object]:
+    """The part of a configuration that a device must have in common with the server."""
+    local = {k: v for k, v in setting_of(config).model_dump(mode="json").items() if k.startswith("local_")}
+    return {**local, "method": config.method.model_dump(mode="json"), "task": config.data.task}
 
-    plan, setting = make_plan(config), setting_of(config)
-    local = {k: v for k, v in setting.model_dump(mode="json").items() if k.startswith("local_")}
-    local |= {"method": config.method.model_dump(mode="json"), "task": config.data.task}
+
+def agreement(config: Config, plan: Plan, cohort: Cohort, model: nn.Module) -> Agreement:
+    """What the server of a run asks devices to agree to."""
     return Agreement(
         model=model_fingerprint(model),
-        codec=codec.spec(),
-        local=local,
+        codec=cohort.codec.spec(),
+        local=what_devices_do(config),
+        directions=None if cohort.directions is None else cohort.directions.key,
         unit=plan.unit,
         num_units=plan.num_units,
         sampling_prob=plan.sampling_prob,
@@ -196,12 +202,12 @@ def register(config: Config) -> LoadedData:
     """The register of a run whose text is elsewhere: `privacy.num_units` users, of whom nothing is known here.
 
     Raises:
-      SottoError: SOT803, the dataset has no name to keep its ledger under.
+      SottoError: SOT933, the dataset has no name to keep its ledger under.
     """
     name, count = config.privacy.dataset, config.privacy.num_units
     if name is None:
         raise SottoError(
-            "SOT803", what="privacy.dataset is missing", where="privacy.dataset",
+            "SOT933", what="privacy.dataset is missing", where="privacy.dataset",
             why="the ledger of a federated run cannot be found by its text, which the server never sees",
             fix="name the register of users: privacy: {dataset: clinic-phones}",
         )  # fmt: skip

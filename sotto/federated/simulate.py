@@ -24,7 +24,7 @@ def simulate(
       stem: names the run folder, for a Config.
 
     Raises:
-      SottoError: as for `sotto.train`; SOT801, the setting is another.
+      SottoError: as for `sotto.train`; SOT931, the setting is another.
     """
     if not isinstance(config, Config):
         stem, config = Path(config).stem, Config.load(config)

@@ -1,0 +1,199 @@
+"""The users' side on Flower: a ClientApp that answers hellos and orders, within its owner's policy.
+
+The owner starts the SuperNode and says in its node configuration where the device's own recipe and policy are. The
+server's app cannot change them: what it sends is compared with them, and refused where it asks for more.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from sotto.config import Config
+from sotto.data.load import LoadedData, load_dataset_for
+from sotto.errors import SottoError
+from sotto.federated import messages, policy
+from sotto.federated.client import Client
+from sotto.federated.layout import Layout, model_fingerprint
+from sotto.federated.server import Agreement, codec_for, local_computation, setting_of, what_devices_do
+from sotto.models import load as models_load
+from sotto.models.trainable import prepare
+from sotto.session import choose_device
+
+TELEMETRY = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+def quiet() -> None:
+    """Switches off what Flower would report to its makers."""
+    os.environ.update(TELEMETRY)
+
+
+@dataclass
+class Device:
+    """One node: its model, its users' text and its owner's policy, read once per process.
+
+    Attributes:
+      first, every: its users are numbers first, first + every, ... of the register, in the order of their names.
+      shared: the text is that of all users, of which this node has its share (simulations).
+    """
+
+    config: Config
+    policy: policy.Policy
+    attendance: policy.Attendance
+    model: Any
+    data: LoadedData
+    pad: int
+    fingerprint: str
+    first: int
+    every: int
+    shared: bool
+
+    @classmethod
+    def load(cls, recipe: Path, rules: Path, first: int, every: int, shared: bool) -> Device:
+        """Reads everything that a node needs.
+
+        Raises:
+          SottoError: as for training; SOT944, no policy; SOT946, more users than are registered.
+        """
+        config, allowed = Config.load(recipe), policy.load(rules)
+        setting_of(config)
+        loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
+        data = load_dataset_for(config, loaded.tokenizer, "train")
+        model = prepare(loaded.model, config.method, config.run.seed).to(choose_device(config.run.device)).eval()
+        attendance = policy.Attendance(rules.with_suffix(".attendance.json"))
+        pad: Any = loaded.tokenizer.pad_token_id
+        device = cls(config, allowed, attendance, model, data, pad, model_fingerprint(model), first, every, shared)
+        if device.count and first + every * (device.count - 1) >= config.privacy.num_units:
+            raise SottoError(
+                "SOT946", what=f"there are more than {device.count - 1:,} users here", where=config.data.train,
+                why=f"the register has {config.privacy.num_units:,} users, each {every}th of them at this node",
+                fix="correct privacy.num_units on both sides before the first round",
+            )  # fmt: skip
+        return device
+
+    @property
+    def count(self) -> int:
+        """How many users it has."""
+        users = len(self.data.units)
+        return len(range(self.first, users, self.every)) if self.shared else users
+
+    def local(self, user: int) -> int:
+        """The index in this node's data of a user of the register."""
+        return user if self.shared else (user - self.first) // self.every
+
+    def answer(self, message: Message) -> RecordDict:
+        """What is sent back for an order.
+
+        Raises:
+          SottoError: SOT940 to SOT945, the order is refused.
+        """
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        layout = Layout.of(parameters)
+        order, agreement, users = messages.read_order(message, dict(layout.shapes))
+        self.check(agreement)
+        if order.clip_norm > agreement.clip_norm and self.config.method.clipping != "adaptive":
+            raise policy.refuse(f"the bound is {order.clip_norm:g}", "order.clip_norm", "keep to the agreed bound")
+        key = str(agreement.codec.get("key", agreement.directions or ""))
+        compute = local_computation(self.config, self.model, self.data, self.pad, key)
+        codec = codec_for(self.config, layout.size, key)
+        client = Client(compute, codec, self.data)
+        vectors = {}
+        for user in users:
+            if user % self.every != self.first or self.local(user) >= len(self.data.units):
+                continue
+            self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
+            vectors[user] = client.answer(order, self.local(user))
+        return messages.answer_content(vectors)
+
+    def check(self, agreement: Agreement) -> None:
+        """Refuses what the owner does not allow, and what this device would not compute as announced.
+
+        Raises:
+          SottoError: SOT940, SOT941.
+        """
+        policy.check(self.policy, agreement, self.fingerprint)
+        announced = {"local": agreement.local, "unit": agreement.unit, "num_units": agreement.num_units}
+        own = {
+            "local": what_devices_do(self.config),
+            "unit": self.config.privacy.unit,
+            "num_units": self.config.privacy.num_units,
+        }
+        for name, value in own.items():
+            if announced[name] != value:
+                raise policy.refuse(f"the server's '{name}' is another", f"agreement.{name}", "use the same recipe")
+        if agreement.codec.get("codec") != setting_of(self.config).codec:
+            raise policy.refuse("the codec is another", "agreement.codec", "use the same recipe")
+
+
+@functools.cache
+def device_of(recipe: str, rules: str, first: int, every: int, shared: bool) -> Device:
+    return Device.load(Path(recipe), Path(rules), first, every, shared)
+
+
+def device_for(context: Context) -> Device:
+    """The device of a SuperNode, from its node configuration.
+
+    Raises:
+      SottoError: SOT947, the node configuration lacks something.
+    """
+    node = context.node_config
+    try:
+        first, every = int(node["partition-id"]), int(node["num-partitions"])
+        recipe, rules = str(node["recipe"]), str(node["policy"])
+    except (KeyError, ValueError) as error:
+        raise SottoError(
+            "SOT947", what=f"the node configuration lacks {error}", where="flower-supernode --node-config",
+            why="the owner of a device names its recipe, its policy and its place in the register",
+            fix="--node-config 'partition-id=0 num-partitions=2 recipe=\"/…/device.yaml\" policy=\"/…/policy.yaml\"'",
+        ) from None  # fmt: skip
+    return device_of(recipe, rules, first, every, str(node.get("data", "own")) == "shared")
+
+
+def hello(message: Message, context: Context) -> Message:
+    """Says which users this node has, or that it does not take part."""
+    device = device_for(context)
+    device.check(messages.read_agreement(message))
+    content = messages.hello_content(device.first, device.every, device.count, device.fingerprint)
+    return Message(content, reply_to=message)
+
+
+def train(message: Message, context: Context) -> Message:
+    """Computes what an order asks for."""
+    return Message(device_for(context).answer(message), reply_to=message)
+
+
+def owner_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """The last thing before an answer leaves: an error becomes its code, and nothing leaves but what should.
+
+    Exceptions of Python would be sent with their text, which may quote data.
+    """
+    try:
+        reply = call_next(message, context)
+        kinds = {name: type(record).__name__ for name, record in reply.content.items()}
+        allowed = ({"update": "ArrayRecord"}, {"node": "ConfigRecord"})
+        if kinds not in allowed:
+            raise policy.refuse("the answer holds more than it should", "ClientApp", "remove other mods of the app")
+        return reply
+    except SottoError as error:
+        print(error, flush=True)  # to the owner's own log
+        return Message(messages.refusal_content(error), reply_to=message)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        failed = SottoError("SOT948", what="the device failed", where="ClientApp", why="see its log", fix="see its log")
+        return Message(messages.refusal_content(failed), reply_to=message)
+
+
+def client_app() -> ClientApp:
+    """The ClientApp of a Sotto app."""
+    quiet()
+    app = ClientApp(mods=[owner_mod])
+    app.query("hello")(hello)
+    app.train()(train)
+    return app

@@ -1,0 +1,183 @@
+"""What goes over the network, as Flower's records: three kinds of message, and nothing beside what is written here.
+
+    hello   server -> node   {}                      node -> server   which users it has, or why it does not take part
+    train   server -> node   weights, order, users   node -> server   one vector for each of these users
+
+An answer holds vectors and nothing else: no metric, no number of examples, no loss. A refusal holds the code of an
+error, never its text, which could name files. Arrays are float32 in numpy's own format, which cannot hold objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message.array import SType
+
+from sotto.errors import SottoError
+from sotto.federated.client import Order
+from sotto.federated.server import Agreement
+
+HELLO, TRAIN = "query.hello", "train"
+MOST_USERS = 1 << 20
+"""Users of one node that a server believes."""
+
+
+def packed(weights: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Weights for sending; made once a round."""
+    return ArrayRecord({n: Array(w.detach().float().cpu().numpy()) for n, w in weights.items()})
+
+
+def agreement_record(agreement: Agreement) -> ConfigRecord:
+    return ConfigRecord({"json": json.dumps(dataclasses.asdict(agreement))})
+
+
+def read_agreement(message: Message) -> Agreement:
+    """The agreement that came with a hello.
+
+    Raises:
+      SottoError: SOT945, there is none.
+    """
+    try:
+        return _agreement(message.content.config_records["agreement"]["json"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_order(error) from None
+
+
+def _agreement(text: Any) -> Agreement:
+    found = Agreement(**json.loads(text))
+    for name in ("sampling_prob", "noise_multiplier", "clip_norm", "delta", "steps", "num_units"):
+        if isinstance(value := getattr(found, name), bool) or not isinstance(value, int | float):
+            raise ValueError(name)
+    if not (isinstance(found.codec, dict) and isinstance(found.local, dict)):
+        raise ValueError("codec or local")
+    return found
+
+
+def _no_order(error: Exception) -> SottoError:
+    return SottoError(
+        "SOT945", what=f"this is no order ({type(error).__name__})", where="message from the server",
+        why="it lacks something, or its weights are not those of this device's model",
+        fix="use the same version of Sotto and the same configuration on both sides",
+    )  # fmt: skip
+
+
+def order_message(
+    weights: ArrayRecord, order: Order, agreement: Agreement, node: int, users: Sequence[int], group: str
+) -> Message:
+    """An order to one node, for those of its users who were drawn."""
+    facts = {
+        "run": order.run,
+        "step": order.step,
+        "clip_norm": order.clip_norm,
+        "agreement": json.dumps(dataclasses.asdict(agreement)),
+        "users": list(users),
+    }
+    content = RecordDict({"weights": weights, "order": ConfigRecord(facts)})  # type: ignore[arg-type]
+    return Message(content, dst_node_id=node, message_type=TRAIN, group_id=group)
+
+
+def read_order(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Order, Agreement, list[int]]:
+    """An order as a device understands it.
+
+    Args:
+      shapes: of the trained tensors of the device's own model.
+
+    Raises:
+      SottoError: SOT945, it is no order, or for tensors of other shapes.
+    """
+    try:
+        facts = message.content.config_records["order"]
+        agreement = _agreement(facts["agreement"])
+        users = [int(user) for user in facts["users"]]  # type: ignore[union-attr]
+        record = message.content.array_records["weights"]
+        if record.keys() != shapes.keys():
+            raise ValueError("names")
+        weights = {name: _tensor(record[name], shapes[name]) for name in shapes}
+        clip_norm, step = float(facts["clip_norm"]), int(facts["step"])  # type: ignore[arg-type]
+        if not (0 < clip_norm < float("inf") and step >= 0 and all(user >= 0 for user in users)):
+            raise ValueError("range")
+        return Order(step, clip_norm, weights, str(facts["run"])), agreement, users
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_order(error) from None
+
+
+def answer_content(vectors: Mapping[int, torch.Tensor]) -> RecordDict:
+    """What a node sends back: user -> (k,) float32."""
+    arrays = {str(user): Array(vector.float().cpu().numpy()) for user, vector in vectors.items()}
+    return RecordDict({"update": ArrayRecord(arrays)})
+
+
+def refusal_content(error: SottoError) -> RecordDict:
+    return RecordDict({"refused": ConfigRecord({"code": error.code})})
+
+
+def vectors_of(message: Message, users: Sequence[int], size: int) -> Iterator[tuple[int, Any]]:
+    """What a node sent for each of these users; whatever is not a vector of this size comes as None or as it is."""
+    try:
+        record = message.content.array_records["update"] if message.has_content() else {}
+    except (KeyError, ValueError, TypeError):
+        record = {}
+    for user in users:
+        array = record.get(str(user))
+        yield user, None if array is None else _vector(array, size)
+
+
+def _vector(array: Array, size: int) -> np.ndarray | None:
+    """(k,) float32; None for anything else."""
+    try:
+        return _read(array, (size,))
+    except (ValueError, TypeError, EOFError, SyntaxError):
+        return None
+
+
+def _tensor(array: Array, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(_read(array, shape).copy())
+
+
+def _read(array: Array, shape: tuple[int, ...]) -> np.ndarray:
+    """The array, if it is float32 of this shape. Its own header is read before anything is allocated.
+
+    Raises:
+      ValueError: it is not, or the bytes are not what its header says.
+    """
+    count = int(np.prod(shape, dtype=np.int64))
+    if array.dtype != "float32" or tuple(array.shape) != shape or array.stype != SType.NUMPY:
+        raise ValueError("another type or shape")
+    buffer = BytesIO(array.data)
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("another version")
+    stored, by_columns, kind = np.lib.format.read_array_header_1_0(buffer)
+    if stored != shape or kind != np.dtype("<f4") or (by_columns and len(shape) > 1):
+        raise ValueError("another type or shape inside")
+    if len(array.data) != buffer.tell() + 4 * count:
+        raise ValueError("another length")
+    return np.frombuffer(array.data, dtype="<f4", offset=buffer.tell()).reshape(shape)
+
+
+def hello_content(first: int, every: int, count: int, model: str) -> RecordDict:
+    """Which users a node has: `first`, `first + every`, ... , `count` of them; and its model."""
+    return RecordDict({"node": ConfigRecord({"first": first, "every": every, "count": count, "model": model})})
+
+
+def users_of(message: Message, model: str, registered: int) -> range | str:
+    """The users that a node says it has, or why it is left out."""
+    if not message.has_content():
+        return "no answer"
+    try:
+        facts = message.content.config_records["node"]
+        first, every, count = (int(facts[key]) for key in ("first", "every", "count"))  # type: ignore[arg-type]
+        if facts["model"] != model:
+            return "SOT941: it has another model"
+    except (KeyError, TypeError, ValueError):
+        refused = message.content.config_records.get("refused", {})
+        return f"it refuses: {str(refused.get('code', 'no reason'))[:6]}"
+    if not (0 <= first < registered and 1 <= every <= registered and 0 <= count <= MOST_USERS):
+        return "its users are not in the register"
+    return range(first, min(first + every * count, registered), every)
