@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -61,9 +62,7 @@ def certificates(folder: Path) -> tuple[Path, Path, Path]:
     paths = (folder / "ca.pem", folder / "server.pem", folder / "server.key")
     paths[0].write_bytes(certificate(issuer, authority_key, True).public_bytes(pem))
     paths[1].write_bytes(certificate(subject, server_key, False).public_bytes(pem))
-    paths[2].write_bytes(
-        server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    paths[2].write_bytes(server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
     return paths
 
 
@@ -96,20 +95,21 @@ class Network:
 
     def spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Starts a program of Flower in a process group of its own; its output goes to `folder/<name>.log`."""
-        log = open(self.folder / f"{name}.log", "ab")  # noqa: SIM115
-        process = subprocess.Popen(
-            [str(BIN / arguments[0]), *arguments[1:]],
-            stdout=log, stderr=log, env=self.environment, start_new_session=True,
-        )  # fmt: skip
+        with open(self.folder / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(
+                [str(BIN / arguments[0]), *arguments[1:]],
+                stdout=log, stderr=log, env=self.environment, start_new_session=True,
+            )  # fmt: skip
         self.processes.append(process)
         return process
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGKILL to a program and all that it started."""
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """SIGKILL to a program and all that it started, in whatever process group."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            for each in [parent, *parent.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
         process.wait(10)
 
     def superlink(self) -> subprocess.Popen[bytes]:
