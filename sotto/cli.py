@@ -12,6 +12,7 @@ import typer
 
 from sotto.errors import SottoError
 from sotto.federated.cli import app as federated_app
+from sotto.rundir import find_run
 from sotto.split.cli import app as split_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -150,7 +151,7 @@ def resume(run: RunPath) -> None:
     """Continue a run after a crash or Ctrl-C."""
     from sotto import commands, session
 
-    path = commands.find_run(run)
+    path = find_run(run)
     if (done := commands._finished(path)) is not None:
         _report(done)
     else:
@@ -190,7 +191,7 @@ def evaluate(
     """Score a run on held-out data. The score is an exact function of that data."""
     from sotto import commands
 
-    scores = commands.evaluate(commands.find_run(run), data, batch_size)
+    scores = commands.evaluate(find_run(run), data, batch_size)
     if as_json:
         _print_json(scores)
     else:
@@ -215,7 +216,7 @@ def audit(
     from sotto import commands
 
     is_run = target.is_dir()
-    aim = commands.find_run(target) if is_run else _load(target, set)
+    aim = find_run(target) if is_run else _load(target, set)
     if split:
         from sotto.split.customer import setting_of
 
@@ -237,7 +238,7 @@ def generate(
     """Continue a prompt with a trained model."""
     from sotto import commands
 
-    print(commands.generate(commands.find_run(run), prompt, max_new_tokens, temperature, seed))
+    print(commands.generate(find_run(run), prompt, max_new_tokens, temperature, seed))
 
 
 @app.command()
@@ -252,7 +253,7 @@ def export(
     if mode not in ("merged", "adapter"):
         raise SottoError("SOT511", what=f"unknown mode '{mode}'", where="--mode", why="there are two forms",
                          fix="merged or adapter")  # fmt: skip
-    print(commands.export(commands.find_run(run), to, mode))
+    print(commands.export(find_run(run), to, mode))
 
 
 @app.command()
@@ -276,7 +277,7 @@ def show(run: RunPath) -> None:
     """Print the statement of a run."""
     from sotto import commands
 
-    print(commands.show(commands.find_run(run)))
+    print(commands.show(find_run(run)))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sotto.config import Config
-from sotto.errors import SottoError, did_you_mean
+from sotto.errors import SottoError
 
 if TYPE_CHECKING:
     from sotto.auditing.report import AuditReport
@@ -395,13 +395,3 @@ def doctor() -> list[tuple[str, bool, str]]:
     from sotto.diagnosis import examine
 
     return examine()
-
-
-def find_run(path: str | Path) -> Path:
-    """A run folder, with a suggestion when it does not exist."""
-    path = Path(path)
-    if not path.is_dir():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
-        raise SottoError("SOT501", what=f"there is no such folder.{near}", where=str(path.absolute()),
-                         why="a run is read from its folder", fix="'sotto ls' lists the runs")  # fmt: skip
-    return path

@@ -39,9 +39,6 @@ class FederatedSetting(Section):
     """Numbers that are sent of an update, with any codec but `none`."""
     public_data: str | None = None
     """`subspace`: a file of public text of the shape of `data.train`. It is not protected."""
-    statistics_noise: Positive | None = None
-    """`autoencoder`: noise multiplier of the one release of the mean and size of updates that it is trained on. Without
-    it, it is trained on numbers of the same size everywhere, and no user is asked."""
     noise: Literal["server", "clients"] = "server"
     """Who adds the noise. `server`: the sum is noised after it was taken; the server is trusted with it. `clients`:
     each adds a share, so that the sum of those who answer carries enough."""
@@ -56,6 +53,4 @@ class FederatedSetting(Section):
             raise ValueError("latent is how many numbers a codec sends: every codec but none needs it")
         if (self.codec == "subspace") != (self.public_data is not None):
             raise ValueError("public_data belongs to codec: subspace, which needs it")
-        if self.statistics_noise is not None and self.codec != "autoencoder":
-            raise ValueError("statistics_noise belongs to codec: autoencoder")
         return self

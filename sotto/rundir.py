@@ -26,7 +26,7 @@ from typing import Any
 
 from sotto import config_file
 from sotto.config import Config
-from sotto.errors import SottoError
+from sotto.errors import SottoError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -167,3 +167,13 @@ def cannot_write(path: Path, error: OSError) -> SottoError:
         why="a run needs a place for its checkpoints and its statement; nothing was charged",
         fix="choose a writable folder with --set output.dir=...",
     )  # fmt: skip
+
+
+def find_run(path: str | Path) -> Path:
+    """A run folder, with a suggestion when it does not exist."""
+    path = Path(path)
+    if not path.is_dir():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
+        raise SottoError("SOT501", what=f"there is no such folder.{near}", where=str(path.absolute()),
+                         why="a run is read from its folder", fix="'sotto ls' lists the runs")  # fmt: skip
+    return path

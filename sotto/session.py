@@ -27,6 +27,7 @@ from sotto.errors import SottoError
 from sotto.federated import server as federation
 from sotto.federated.cohort import Carrier, Cohort
 from sotto.federated.server import Decoding
+from sotto.federated.shares import Divided
 from sotto.gradients.clipping import CLIPPINGS, Adaptive, Clipping, Unclipped
 from sotto.gradients.engine import Engine, attach
 from sotto.losses import autocast, forward_losses
@@ -105,8 +106,8 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
     data = load_dataset_for(config, loaded.tokenizer, "train") if carrier is None else federation.register(config)
     model = prepare(loaded.model, config.method, config.run.seed).to(device)
     if config.setting.kind == "federated":
-        pad: Any = loaded.tokenizer.pad_token_id
-        engine = federation.engine_for(config, model, data, pad, make_clipping(config), directions_key, carrier)
+        clipping, tokenizer = make_clipping(config), loaded.tokenizer
+        engine = federation.engine_for(config, model, data, tokenizer, clipping, directions_key, carrier)
     else:
         engine = make_engine(model, config, device, directions_key)
     return Loaded(model, loaded.tokenizer, engine, data, size, device)
@@ -363,6 +364,8 @@ def make_mechanism(config: Config, plan: Plan, clipping: Clipping, noise: NoiseS
         return IdentityMechanism(divisor=plan.expected_batch_size)
     seed = config.run.debug_noise_seed
     noise = noise or (SecureNoise() if seed is None else DebugNoise(seed))
+    if plan.setting is not None and plan.setting["noise"] == "clients":
+        return Divided(plan.expected_batch_size, noise.private)
     if isinstance(clipping, Adaptive):
         share = config.method.clip_share
         return AdaptiveGaussianMechanism(plan.noise_multiplier, plan.expected_batch_size, noise, clipping, share)

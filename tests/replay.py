@@ -81,7 +81,7 @@ def record(
         session = sessions.start(tiny_runs.config(folder, kind, **changes), "x")
         seen.plan = session.plan
         _observe(patch, session, seen, like)
-        done = commands._run(session, None)
+        done = commands.run_session(session, None)
     seen.files = {
         name: path.read_bytes()
         for path in sorted(done.path.rglob("*"))

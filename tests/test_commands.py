@@ -127,7 +127,7 @@ def test_a_run_without_an_export(tmp_path: Path) -> None:
 def test_unfinished_and_finished_runs_are_listed_and_shown(tmp_path: Path) -> None:
     session = sessions.start(tiny_runs.config(tmp_path), "x")
     session.stop_requested = True
-    assert not commands._run(session, None).finished
+    assert not commands.run_session(session, None).finished
     (listed,) = sotto.ls(tmp_path / "runs")
     assert listed == {
         "run": str(session.run.path), "state": "unfinished", "step": 1, "steps": 4, "epsilon": None, "delta": 1e-4,

@@ -138,6 +138,8 @@ METHODS = {
     "full": {},
     "srht": {"setting": {**SETTING, "codec": "srht", "latent": 200}},
     "adaptive": {"method": {"train": "full", "clipping": "adaptive"}},
+    "learned": {"setting": {**SETTING, "codec": "learned", "latent": 20}},
+    "noise of users": {"setting": {**SETTING, "noise": "clients", "dropouts": 0.5}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
 }
 
@@ -350,7 +352,9 @@ def test_a_larger_bound_than_agreed_is_refused(tmp_path: Path, started: Any):
     _, strategy = started(tmp_path)
     order = strategy._engine.order(0)
     larger = type(order)(order.step, 100.0, order.weights, order.run)
-    message = messages.order_message(messages.packed(order.weights), larger, strategy.agreement, 11, [0], "g")
+    message = messages.order_message(
+        {"weights": messages.packed(order.weights)}, larger, strategy.agreement, 11, [0], "g"
+    )
     reply = handle(message, context(tmp_path, 0))
     assert dict(reply.content.config_records["refused"]) == {"code": "SOT940"}
 

@@ -36,6 +36,8 @@ METHODS = {
     "lora up": {"method": {"train": "lora", "lora_train": "up"}},
     "side": {"method": {"train": "side", "side_reduction": 2}},
     "srht": {"setting": {"codec": "srht", "latent": 300}},
+    "learned": {"setting": {"codec": "learned", "latent": 20}},
+    "autoencoder": {"setting": {"codec": "autoencoder", "latent": 2000}},
     "adaptive": {"method": {"train": "full", "clipping": "adaptive"}},
     "yogi": {"run": {"optimizer": "yogi"}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
@@ -66,7 +68,7 @@ def test_ffa_lora_trains_the_upper_factors_alone(tmp_path: Path):
     assert not [name for name in names if "lora_A" in name]
 
 
-@pytest.mark.parametrize("name", ["full", "srht", "adaptive", "yogi", "zeroth order"])
+@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order"])
 def test_a_run_that_was_stopped_ends_at_the_same_weights(name: str, tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

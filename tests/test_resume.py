@@ -214,7 +214,7 @@ def test_steps_that_are_lost_are_charged_again(tmp_path: Path, monkeypatch: pyte
 
         monkeypatch.setattr(session.sampler, "draw", draw)
         with pytest.raises(RuntimeError, match="power"):
-            commands._run(session, None)
+            commands.run_session(session, None)
         session = sessions.resume(run)
         assert session.step == 2
     session.held.close()
@@ -284,7 +284,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(session.sampler, "draw", draw)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        commands._run(session, None)
+        commands.run_session(session, None)
     assert signal.getsignal(signal.SIGINT) is handler
     assert record(session.run.path).reserved == 3
     check_the_bill(sotto.resume(session.run.path).path)
@@ -328,7 +328,7 @@ def stopped_after(folder: Path, step: int, **changes: Any) -> Path:
     def stop(done: int, values: dict[str, Any]) -> None:
         session.stop_requested = done >= step
 
-    assert not commands._run(session, stop).finished
+    assert not commands.run_session(session, stop).finished
     return session.run.path
 
 
@@ -363,7 +363,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage(run / "checkpoints" / "step-00000004")
     session = sessions.resume(run)
     assert session.step == 3
-    done = commands._run(session, None)
+    done = commands.run_session(session, None)
     assert "step-00000004 is damaged" in done.notes[0]
     tiny_runs.assert_same(uninterrupted, tiny_runs.final_weights(done.path))
 
@@ -395,7 +395,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(SottoError, match="No space left") as caught:
-        commands._run(session, None)
+        commands.run_session(session, None)
     assert caught.value.code == "SOT505"
     assert "sotto resume" in caught.value.fix
     monkeypatch.setattr(checkpoint, "save_file", original)
@@ -419,7 +419,7 @@ def test_a_full_disk_elsewhere_is_an_error_without_a_traceback(
     with monkeypatch.context() as patch:
         patch.setattr(where.get(file, "sotto.models.export.write_merged"), full)
         with pytest.raises(SottoError, match="No space left") as caught:
-            commands._run(session, None)
+            commands.run_session(session, None)
     assert caught.value.code == "SOT505"
     check_the_bill(sotto.resume(session.run.path).path)
 
@@ -495,7 +495,7 @@ def test_two_processes_on_one_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SottoError) as caught:
         sotto.resume(session.run.path)
     assert caught.value.code == "SOT502"
-    done = commands._run(session, None)
+    done = commands.run_session(session, None)
     check_the_bill(done.path)
     assert record(done.path).reserved == STEPS
 

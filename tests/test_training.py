@@ -451,7 +451,7 @@ def test_steps_are_paid_for_before_the_data_is_touched(tmp_path: Path, monkeypat
     spy(session.budget, "reserve", "pay")
     spy(session.sampler, "draw", "touch")
     spy(session.mechanism, "privatize", "release")
-    commands._run(session, None)
+    commands.run_session(session, None)
     assert order == ["pay", "touch", "release"] * 4
 
 
@@ -485,7 +485,7 @@ def test_a_run_stops_before_the_step_that_would_pass_its_budget(
     # As after crashes that cost three steps: of the five that were paid for, two are left.
     for step in (0, 0, 1):
         session.budget.reserve(step)
-    done: Any = commands._run(session, None)
+    done: Any = commands.run_session(session, None)
     assert done.finished
     assert done.steps == 2
     assert charged() == session.plan.total_steps == 5
@@ -506,7 +506,7 @@ def test_a_full_ledger_disk_stops_the_step(tmp_path: Path, monkeypatch: pytest.M
     draws: list[int] = []
     monkeypatch.setattr(session.sampler, "draw", lambda *a: draws.append(1))
     with pytest.raises(SottoError) as caught:
-        commands._run(session, None)
+        commands.run_session(session, None)
     assert caught.value.code == "SOT412"
     assert draws == []
 
@@ -576,5 +576,5 @@ def test_two_sessions_share_nothing(tmp_path: Path) -> None:
     first = sessions.start(tiny_runs.config(tmp_path, run=DEBUG), "a")
     second = sessions.start(tiny_runs.config(tmp_path, run=DEBUG), "b")
     assert first.run.path != second.run.path
-    one, two = commands._run(second, None), commands._run(first, None)
+    one, two = commands.run_session(second, None), commands.run_session(first, None)
     tiny_runs.assert_same(tiny_runs.final_weights(one.path), tiny_runs.final_weights(two.path))

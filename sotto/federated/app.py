@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,11 @@ def serve(grid: Grid, recipe: Path, resume: str = "", hello_seconds: float = 60.
       SottoError: as for `sotto.train`; SOT933, the dataset has no name.
     """
     quiet()
+    with contextlib.chdir(recipe.resolve().parent):  # Flower starts apps in folders of its own
+        return _serve(grid, recipe.resolve(), resume, hello_seconds)
+
+
+def _serve(grid: Grid, recipe: Path, resume: str, hello_seconds: float) -> Run:
     if resume:
         session = sessions.resume(resume, carrier=_by_strategy)
     else:
@@ -108,7 +114,7 @@ def serve(grid: Grid, recipe: Path, resume: str = "", hello_seconds: float = 60.
         agreed = agreement(session.config, session.plan, session.engine, session.model)  # type: ignore[arg-type]
         return SottoStrategy(session, agreed, metrics, hello_seconds).run(grid, setting.timeout)
 
-    print(f"run folder: {session.run.path}", flush=True)
+    print(f"run folder: {session.run.path.resolve()}", flush=True)
     return run_session(session, None, loop)
 
 

@@ -23,7 +23,9 @@ from sotto.config_federated import FederatedSetting
 from sotto.data import LoadedData, microbatches
 from sotto.federated.codec import Codec
 from sotto.federated.layout import Layout
+from sotto.federated.shares import Shares
 from sotto.losses import autocast, forward_losses, to_device
+from sotto.privacy.noise import NoiseSource
 from sotto.zeroth_order.engine import ZerothOrder
 from sotto.zeroth_order.release import NAME
 
@@ -126,25 +128,38 @@ class Probing:
 class Client:
     """One device with the text of one or more users. Answers orders, one user at a time."""
 
-    def __init__(self, compute: Computes, codec: Codec, data: LoadedData):
+    def __init__(
+        self,
+        compute: Computes,
+        codec: Codec,
+        data: LoadedData,
+        shares: Shares | None = None,
+        noise: NoiseSource | None = None,
+    ):
         """Sets up the device.
 
         Args:
           compute: (order, that user's examples) -> its update, before encoding.
           codec: encodes it.
           data: its users' text.
+          shares, noise: where users add the noise: how much, and where it comes from.
         """
-        self._compute, self.codec, self.data = compute, codec, data
+        self._compute, self.codec, self.data, self.shares, self._noise = compute, codec, data, shares, noise
 
-    def answer(self, order: Order, user: int) -> torch.Tensor:
-        """(k,) float32 of norm at most `order.clip_norm`: what leaves the device.
+    def answer(self, order: Order, user: int, number: int | None = None) -> torch.Tensor:
+        """What leaves the device: (k,) float32 of norm at most `order.clip_norm`, or int32 with a share of the noise.
 
         Args:
           user: an index of `data.units`; one that it does not have gives zeros.
+          number: of this user in the register; default: the same.
         """
         known = user < len(self.data.units)
         examples = self.data.units.members_of(np.array([user]))[0] if known else np.zeros(0, dtype=np.int64)
-        return bounded(self.codec.encode(self._compute(order, examples), order.step), order.clip_norm)
+        vector_k = bounded(self.codec.encode(self._compute(order, examples), order.step), order.clip_norm)
+        if self.shares is None:
+            return vector_k
+        assert self._noise is not None
+        return self.shares.message(vector_k, self._noise, order.step, f"share of {user if number is None else number}")
 
 
 def bounded(vector_k: torch.Tensor, clip_norm: float) -> torch.Tensor:

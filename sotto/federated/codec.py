@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,11 +41,34 @@ class Codec(Protocol):
         ...
 
     def spec(self) -> dict[str, Any]:
-        """Everything that the map depends on, for fingerprints; JSON."""
+        """What kind of map it is, and of which size; JSON. What it depends on beside that is its `state`."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Public tensors that the map depends on: sent with every order, and kept in checkpoints. Often none."""
+        ...
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes what `state` gave. Raises SOT935 for anything else."""
+        ...
+
+    def learn(self, update_n: torch.Tensor) -> None:
+        """Takes note of a decoded release, for later rounds."""
         ...
 
 
-class Identity:
+class Stateless:
+    """A codec that depends on nothing but its `spec`, and learns nothing."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None: ...
+
+    def learn(self, update_n: torch.Tensor) -> None: ...
+
+
+class Identity(Stateless):
     """No codec: every element is sent."""
 
     def __init__(self, size: int):
@@ -64,7 +88,7 @@ class Identity:
         return {"codec": "none", "size": self._size}
 
 
-class Srht:
+class Srht(Stateless):
     """A random projection with orthonormal rows, new in every round: signs, Hadamard transform, a choice of rows.
 
     P = S H D, applied to p interleaved blocks of a power of two of elements (Ailon and Chazelle 2009; Tropp 2011,

@@ -23,8 +23,10 @@ from torch import nn
 
 from sotto.federated.client import Order, bounded
 from sotto.federated.codec import Codec
+from sotto.federated.shares import Shares, as_message
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Clipping
+from sotto.privacy.noise import NoiseSource
 from sotto.zeroth_order.directions import Directions
 
 LATENT = "latent"
@@ -56,6 +58,7 @@ class Cohort:
       parameters: name -> trained parameter, at the server.
       clipping: bounds each user's vector; flat or adaptive.
       codec: of what users send.
+      shares, noise: where users add the noise: what their messages are, and where what is missing comes from.
       directions: what K numbers mean, where users send losses along directions; else None.
       run: the name of the run, for devices that take part in several.
       heard: of the last round.
@@ -84,6 +87,8 @@ class Cohort:
         self.parameters, self.clipping, self.codec = dict(parameters), clipping, codec
         self.carrier, self.name, self.run = carrier, name, ""
         self.directions: Directions | None = None
+        self.shares: Shares | None = None
+        self.noise: NoiseSource | None = None
         self.heard = Heard()
         clipping.group_of([name])  # tells one whose bounds follow the norms that there is one group
 
@@ -101,12 +106,9 @@ class Cohort:
         Args:
           users: (m,) indices that the sampler drew.
         """
-        if len(users) == 0:
-            self.heard = Heard()
-            return self.zeros()
-        return self.add_up(users, self.carrier(self.order(step), users))
+        return self.add_up(users, self.carrier(self.order(step), users) if len(users) else (), step)
 
-    def add_up(self, users: np.ndarray, answers: Iterable[tuple[int, Any]]) -> ClippedSum:
+    def add_up(self, users: np.ndarray, answers: Iterable[tuple[int, Any]], step: int = 0) -> ClippedSum:
         """The sum over these users of their answers: bounded, counted once each, and nobody else's."""
         total, self.heard = self.zeros(), Heard(asked=len(users))
         waiting, norms = set(users.tolist()), list[float]()
@@ -120,10 +122,22 @@ class Cohort:
                 norms.append(norm)
                 self.heard.answered += 1
         total.group_norms = torch.tensor(norms, dtype=torch.float64).view(-1, 1)
+        return total if self.shares is None else self._complete(total, step)
+
+    def _complete(self, total: ClippedSum, step: int) -> ClippedSum:
+        """The sum of noised messages, in the units of an update, with the shares of those who are missing."""
+        assert self.shares is not None
+        assert self.noise is not None
+        sum_k = total.gradients[self.name]
+        sum_k += self.shares.missing(self.heard.answered, self.codec.size, self.noise, step)
+        sum_k *= self.shares.unit
+        total.group_norms = total.group_norms[:0]  # norms of noise, mostly
         return total
 
     def _add(self, sum_k: torch.Tensor, answer: Any) -> float | None:
         """Adds one answer in place; returns the norm that it says its update had, or None if it was refused."""
+        if self.shares is not None:
+            return self._add_noised(sum_k, answer, self.shares)
         vector_k, why = _vector(answer, self.codec.size)
         if vector_k is None:
             self.heard.refuse(why)
@@ -135,6 +149,18 @@ class Cohort:
             return None
         sum_k += bounded(vector_k, most).double()
         return norm if norm < most * AT_THE_BOUND else max(norm, most / AT_THE_BOUND)
+
+    def _add_noised(self, sum_k: torch.Tensor, answer: Any, shares: Shares) -> float | None:
+        message_k = as_message(answer, self.codec.size)
+        if message_k is None:
+            self.heard.refuse("not a vector of whole numbers")
+            return None
+        norm = float(message_k.norm())
+        if norm > shares.longest(self.codec.size):
+            self.heard.refuse("longer than bound and noise together")
+            return None
+        sum_k += message_k
+        return norm
 
     @contextmanager
     def paused(self) -> Iterator[None]:

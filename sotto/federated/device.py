@@ -6,6 +6,7 @@ server's app cannot change them: what it sends is compared with them, and refuse
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -22,7 +23,15 @@ from sotto.errors import SottoError
 from sotto.federated import messages, policy
 from sotto.federated.client import Client
 from sotto.federated.layout import Layout, model_fingerprint
-from sotto.federated.server import Agreement, codec_for, local_computation, setting_of, what_devices_do
+from sotto.federated.server import (
+    Agreement,
+    codec_for,
+    local_computation,
+    noise_for,
+    setting_of,
+    what_devices_do,
+)
+from sotto.federated.shares import Shares
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
 from sotto.session import choose_device
@@ -64,8 +73,9 @@ class Device:
         """
         config, allowed = Config.load(recipe), policy.load(rules)
         setting_of(config)
-        loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
-        data = load_dataset_for(config, loaded.tokenizer, "train")
+        with contextlib.chdir(recipe.resolve().parent):  # Flower starts apps in folders of its own
+            loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
+            data = load_dataset_for(config, loaded.tokenizer, "train")
         model = prepare(loaded.model, config.method, config.run.seed).to(choose_device(config.run.device)).eval()
         attendance = policy.Attendance(rules.with_suffix(".attendance.json"))
         pad: Any = loaded.tokenizer.pad_token_id
@@ -103,14 +113,25 @@ class Device:
         key = str(agreement.codec.get("key", agreement.directions or ""))
         compute = local_computation(self.config, self.model, self.data, self.pad, key)
         codec = codec_for(self.config, layout.size, key)
-        client = Client(compute, codec, self.data)
+        if state := codec.state():
+            codec.restore(messages.read_codec(message, {n: tuple(t.shape) for n, t in state.items()}))
+        shares = self.shares(agreement)
+        client = Client(compute, codec, self.data, shares, noise_for(self.config))
         vectors = {}
         for user in users:
             if user % self.every != self.first or self.local(user) >= len(self.data.units):
                 continue
             self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
-            vectors[user] = client.answer(order, self.local(user))
+            vectors[user] = client.answer(order, self.local(user), user)
         return messages.answer_content(vectors)
+
+    def shares(self, agreement: Agreement) -> Shares | None:
+        """The noise that its users add, from the agreed numbers."""
+        setting = setting_of(self.config)
+        if setting.noise != "clients":
+            return None
+        expected = self.config.run.expected_batch_size
+        return Shares.of(agreement.clip_norm, agreement.noise_multiplier, expected, setting.dropouts)
 
     def check(self, agreement: Agreement) -> None:
         """Refuses what the owner does not allow, and what this device would not compute as announced.

@@ -69,9 +69,13 @@ def _no_order(error: Exception) -> SottoError:
 
 
 def order_message(
-    weights: ArrayRecord, order: Order, agreement: Agreement, node: int, users: Sequence[int], group: str
+    tensors: Mapping[str, ArrayRecord], order: Order, agreement: Agreement, node: int, users: Sequence[int], group: str
 ) -> Message:
-    """An order to one node, for those of its users who were drawn."""
+    """An order to one node, for those of its users who were drawn.
+
+    Args:
+      tensors: `weights`, and `codec` where the codec has a state: `packed`.
+    """
     facts = {
         "run": order.run,
         "step": order.step,
@@ -79,7 +83,7 @@ def order_message(
         "agreement": json.dumps(dataclasses.asdict(agreement)),
         "users": list(users),
     }
-    content = RecordDict({"weights": weights, "order": ConfigRecord(facts)})  # type: ignore[arg-type]
+    content = RecordDict({**tensors, "order": ConfigRecord(facts)})  # type: ignore[arg-type]
     return Message(content, dst_node_id=node, message_type=TRAIN, group_id=group)
 
 
@@ -108,9 +112,22 @@ def read_order(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> tuple
         raise _no_order(error) from None
 
 
+def read_codec(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The state of the codec that came with an order.
+
+    Raises:
+      SottoError: SOT945, it is not of these shapes.
+    """
+    try:
+        record = message.content.array_records["codec"] if shapes else {}
+        return {name: _tensor(record[name], shape) for name, shape in shapes.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_order(error) from None
+
+
 def answer_content(vectors: Mapping[int, torch.Tensor]) -> RecordDict:
     """What a node sends back: user -> (k,) float32."""
-    arrays = {str(user): Array(vector.float().cpu().numpy()) for user, vector in vectors.items()}
+    arrays = {str(user): Array(vector.cpu().numpy()) for user, vector in vectors.items()}
     return RecordDict({"update": ArrayRecord(arrays)})
 
 
@@ -118,21 +135,20 @@ def refusal_content(error: SottoError) -> RecordDict:
     return RecordDict({"refused": ConfigRecord({"code": error.code})})
 
 
-def vectors_of(message: Message, users: Sequence[int], size: int) -> Iterator[tuple[int, Any]]:
-    """What a node sent for each of these users; whatever is not a vector of this size comes as None or as it is."""
+def vectors_of(message: Message, users: Sequence[int], size: int, kind: str) -> Iterator[tuple[int, Any]]:
+    """What a node sent for each of these users: a vector of this size and kind (`float32` or `int32`), or None."""
     try:
         record = message.content.array_records["update"] if message.has_content() else {}
     except (KeyError, ValueError, TypeError):
         record = {}
     for user in users:
         array = record.get(str(user))
-        yield user, None if array is None else _vector(array, size)
+        yield user, None if array is None else _vector(array, size, kind)
 
 
-def _vector(array: Array, size: int) -> np.ndarray | None:
-    """(k,) float32; None for anything else."""
+def _vector(array: Array, size: int, kind: str) -> np.ndarray | None:
     try:
-        return _read(array, (size,))
+        return _read(array, (size,), kind)
     except (ValueError, TypeError):
         return None
 
@@ -141,22 +157,22 @@ def _tensor(array: Array, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(_read(array, shape))
 
 
-def _read(array: Array, shape: tuple[int, ...]) -> np.ndarray:
-    """The array, if it is float32 of this shape.
+def _read(array: Array, shape: tuple[int, ...], kind: str = "float32") -> np.ndarray:
+    """The array, if it is of this shape and kind.
 
     Raises:
       ValueError: it is not, or the bytes are not what its header says.
     """
     count = int(np.prod(shape, dtype=np.int64))
-    if array.dtype != "float32" or tuple(array.shape) != shape or array.stype != SType.NUMPY:
+    if array.dtype != kind or tuple(array.shape) != shape or array.stype != SType.NUMPY:
         raise ValueError("another type or shape")
     # What numpy would have written in front, byte for byte: nothing that a stranger wrote is parsed.
-    buffer = BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    buffer, code = BytesIO(), np.dtype(kind).newbyteorder("<").str
+    np.lib.format.write_array_header_1_0(buffer, {"descr": code, "fortran_order": False, "shape": shape})
     header = buffer.getvalue()
     if len(array.data) != len(header) + 4 * count or not array.data.startswith(header):
         raise ValueError("another type, shape or length inside")
-    return np.frombuffer(array.data, dtype="<f4", offset=len(header)).reshape(shape).copy()
+    return np.frombuffer(array.data, dtype=code, offset=len(header)).reshape(shape).copy()
 
 
 def hello_content(first: int, every: int, count: int, model: str) -> RecordDict:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,19 @@ from torch import nn
 from sotto.config import Config
 from sotto.config_federated import FederatedSetting
 from sotto.data import DataReport, Examples, LoadedData, Units
+from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
+from sotto.federated.autoencoder import Autoencoder
 from sotto.federated.client import Client, Computes, LocalTraining, Order, Probing
 from sotto.federated.codec import Codec, Identity, Srht
 from sotto.federated.cohort import LATENT, Carrier, Cohort
 from sotto.federated.layout import Layout, model_fingerprint
+from sotto.federated.shares import Shares
+from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
 from sotto.gradients.clipping import Clipping
 from sotto.optim import Optimizer
-from sotto.privacy.plan import Plan
+from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
+from sotto.privacy.plan import Plan, make_plan
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.release import NAME
 
@@ -81,7 +87,9 @@ class Decoding:
 
     def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
         """Applies one release: `update["latent"]` is (k,)."""
-        self.inner.step(self.layout.split(self.codec.decode(update[LATENT], step)), step)
+        decoded_n = self.codec.decode(update[LATENT], step)
+        self.codec.learn(decoded_n)
+        self.inner.step(self.layout.split(decoded_n), step)
 
     @property
     def ema(self) -> dict[str, torch.Tensor]:
@@ -94,10 +102,12 @@ class Decoding:
         return self.inner.stored_weights()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        return self.inner.state_tensors()
+        return {**self.inner.state_tensors(), **{f"codec/{n}": t for n, t in self.codec.state().items()}}
 
     def restore(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
-        self.inner.restore(weights, tensors)
+        own = {n: t for n, t in tensors.items() if not n.startswith("codec/")}
+        self.inner.restore(weights, own)
+        self.codec.restore({n.removeprefix("codec/"): t for n, t in tensors.items() if n not in own})
 
 
 def codec_for(config: Config, size: int, key: str) -> Codec:
@@ -118,17 +128,22 @@ def codec_for(config: Config, size: int, key: str) -> Codec:
             "SOT932", what=f"setting.latent is {setting.latent:,}, and an update has {size:,} numbers",
             where="setting.latent", why="a codec shortens", fix="lower setting.latent, or set setting.codec: none",
         )  # fmt: skip
+    if setting.latent is None:
+        return Identity(size)
     if setting.codec == "srht":
-        assert setting.latent is not None
         return Srht(size, setting.latent, key)
-    return Identity(size)
+    if setting.codec == "learned":
+        return Learned(size, setting.latent, key)
+    if setting.codec == "autoencoder":
+        return Autoencoder(size, setting.latent, key, config.method.clip_norm)
+    return Subspace(torch.zeros(setting.latent, size))  # until its directions are known
 
 
 def engine_for(
     config: Config,
     model: nn.Module,
     data: LoadedData,
-    pad: int,
+    tokenizer: Any,
     clipping: Clipping,
     key: str,
     carrier: Carrier | None,
@@ -137,18 +152,53 @@ def engine_for(
 
     Args:
       data: the text of all users, where it is here; else their register.
-      pad: the tokenizer's padding.
       carrier: takes orders to users elsewhere; None: they are all here.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    codec = codec_for(config, Layout.of(parameters).size, key)
+    codec, pad = codec_for(config, Layout.of(parameters).size, key), tokenizer.pad_token_id
+    if isinstance(codec, Subspace):
+        codec.restore({BASIS: public_directions(config, model, tokenizer, codec.size)})
     probing = config.method.zeroth_order
+    shares, noise = shares_for(config), noise_for(config)
     if carrier is None:
-        carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data))
+        carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data, shares, noise))
     cohort = Cohort(parameters, clipping, codec, carrier, NAME if probing else LATENT)
+    cohort.shares, cohort.noise = shares, noise
     if probing:
         cohort.directions = zeroth_order.directions(model, config.method, key)
     return cohort
+
+
+def shares_for(config: Config) -> Shares | None:
+    """The noise that users add, or None where the server does."""
+    setting, plan = setting_of(config), make_plan(config)
+    if setting.noise != "clients":
+        return None
+    return Shares.of(plan.clip_norm, plan.noise_multiplier, plan.expected_batch_size, setting.dropouts)
+
+
+def noise_for(config: Config) -> NoiseSource:
+    """The cryptographic source; a repeatable one only where the configuration says that the run is not private."""
+    seed = config.run.debug_noise_seed
+    return SecureNoise() if seed is None else DebugNoise(seed)
+
+
+def public_directions(config: Config, model: nn.Module, tokenizer: Any, latent: int) -> torch.Tensor:
+    """(k, n) directions of the updates that devices would make of public text, twice as many of them as directions.
+
+    Raises:
+      SottoError: SOT936, there is too little public text; those of reading it.
+    """
+    setting = setting_of(config)
+    assert setting.public_data is not None
+    section = config.data.model_copy(update={"eval": setting.public_data, "eval_split": None})
+    public = load_dataset_for(config.model_copy(update={"data": section}), tokenizer, "eval")
+    trainer = LocalTraining(config, setting, model, public, tokenizer.pad_token_id)
+    order = Order(0, 1.0, {n: p.detach().clone() for n, p in trainer.parameters.items()})
+    size = setting.local_batch_size
+    few = range(0, min(len(public.examples), 2 * latent * size), size)
+    updates = [trainer(order, np.arange(at, min(at + size, len(public.examples)))) for at in few]
+    return top_directions(torch.stack(updates), latent)
 
 
 def local_computation(config: Config, model: nn.Module, data: LoadedData, pad: int, key: str) -> Computes:
@@ -177,7 +227,9 @@ def in_process(client: Client) -> Carrier:
 
 def what_devices_do(config: Config) -> dict[str, object]:
     """The part of a configuration that a device must have in common with the server."""
-    local = {k: v for k, v in setting_of(config).model_dump(mode="json").items() if k.startswith("local_")}
+    setting = setting_of(config).model_dump(mode="json")
+    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in ("noise", "dropouts")}
+    local["expected_batch_size"] = config.run.expected_batch_size
     return {**local, "method": config.method.model_dump(mode="json"), "task": config.data.task}
 
 

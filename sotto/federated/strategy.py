@@ -72,9 +72,11 @@ class SottoStrategy(Strategy):
         self._open = (step, users)
         self._asked = self._at_home(users)
         order = self._engine.order(step)
-        weights = messages.packed(order.weights) if self._asked else ArrayRecord()
+        tensors = {"weights": messages.packed(order.weights)}
+        if state := self._engine.codec.state():
+            tensors["codec"] = messages.packed(state)
         return [
-            messages.order_message(weights, order, self.agreement, node, some, _group(order))
+            messages.order_message(tensors, order, self.agreement, node, some, _group(order))
             for node, some in self._asked.items()
         ]
 
@@ -86,7 +88,7 @@ class SottoStrategy(Strategy):
             return None, None
         step, users = self._open
         self._open = None  # a round is closed once, whatever is called again
-        total = self._engine.add_up(users, self._answers(replies, _group(self._engine.order(step))))
+        total = self._engine.add_up(users, self._answers(replies, _group(self._engine.order(step))), step)
         finish_step(self.session, step, users, total, self.metrics)
         return messages.packed(self._engine.order(step).weights), None
 
@@ -149,7 +151,8 @@ class SottoStrategy(Strategy):
                 self._engine.heard.refuse("from a node that was not asked, of another round, or a second time")
                 continue
             heard.add(node)
-            yield from messages.vectors_of(reply, self._asked[node], self._engine.codec.size)
+            kind = "float32" if self._engine.shares is None else "int32"
+            yield from messages.vectors_of(reply, self._asked[node], self._engine.codec.size, kind)
 
 
 class Streaming(Grid):

@@ -53,8 +53,6 @@ CLASSES = {
 
 NOT_BUILT = {
     10: ("sotto/distributed.py", "a run has one process"),
-    25: ("sotto/federated", "there are no participants"),
-    26: ("sotto/federated", "there are no participants"),
 }
 """Class -> (what would have to exist, why there is nothing to break yet)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faults_in_accounting
+import faults_in_federated
 import faults_in_gradients
 import faults_in_noise
 import faults_in_releases
@@ -15,6 +16,7 @@ from mutant import CATALOGUE, CLASSES, NOT_BUILT, Mutant
 
 FILES = (
     faults_in_accounting,
+    faults_in_federated,
     faults_in_gradients,
     faults_in_noise,
     faults_in_releases,

@@ -1,0 +1,141 @@
+"""Faults in what users send, in what a server accepts of it, and in whose weight and absence matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutant import caught_by, wrapped
+
+from sotto.federated import client as clients
+from sotto.federated import cohort, device, messages, policy, shares
+from sotto.federated.codec import Srht
+from sotto.federated.cohort import Cohort
+from sotto.federated.policy import Attendance
+from sotto.federated.shares import Shares
+from sotto.federated.strategy import SottoStrategy
+from sotto.gradients.clipping import Adaptive
+
+CORE = "test_federated_core.py::"
+CODECS = "test_federated_codecs.py::"
+FLOWER = "test_federated_flower.py::"
+INFLUENCE = CORE + "test_no_answer_moves_the_sum_by_more_than_the_bound"
+
+
+@caught_by(INFLUENCE, 25)
+def the_server_trusts_that_devices_have_clipped(m: pytest.MonkeyPatch) -> None:
+    """Flower's client-side clipping: norms are never verified (F5)."""
+    m.setattr(cohort, "bounded", lambda vector, most: vector)
+
+
+@caught_by(CORE + "test_only_those_who_were_asked_count_and_each_once", 25)
+def an_answer_counts_as_often_as_it_is_sent(m: pytest.MonkeyPatch) -> None:
+    def add_up(self: Cohort, users: np.ndarray, answers: Any, step: int = 0) -> Any:
+        total = self.zeros()
+        for _, answer in answers:
+            self._add(total.gradients[self.name], answer)
+            self.heard.answered += 1
+        return total
+
+    m.setattr(Cohort, "add_up", add_up)
+
+
+@caught_by(CORE + "test_noise_does_not_depend_on_who_answers[0.3-10]", 25)
+def the_sum_is_scaled_up_for_those_who_are_silent(m: pytest.MonkeyPatch) -> None:
+    """Divided by who answered, so that the noise on the mean is not what was paid for (N10)."""
+
+    def add_up(right: Any, self: Cohort, users: np.ndarray, answers: Any, step: int = 0) -> Any:
+        total = right(self, users, answers, step)
+        total.sensitivity *= len(users) / max(1, self.heard.answered)
+        return total
+
+    wrapped(m, Cohort, "add_up", add_up)
+
+
+@caught_by(CORE + "test_an_update_that_its_device_cut_counts_as_cut", 3)
+def cut_updates_count_as_whole(m: pytest.MonkeyPatch) -> None:
+    """Every update arrives within the bound, so that the adaptive bound would only ever fall."""
+    m.setattr(cohort, "AT_THE_BOUND", 2.0)
+
+
+@caught_by(CORE + "test_noise_is_that_of_the_bound_of_this_round_and_the_bound_then_follows_unclipped_updates", 3)
+def the_bound_follows_the_clipped_fraction(m: pytest.MonkeyPatch) -> None:
+    """Flower's rule: the wrong sign, positive feedback (F1)."""
+    wrapped(m, Adaptive, "follow", lambda right, self, fraction_G: right(self, 1 - fraction_G))
+
+
+@caught_by(CORE + "test_nothing_longer_than_the_bound_leaves", 26)
+def a_vector_is_clipped_in_float32(m: pytest.MonkeyPatch) -> None:
+    """min(1, C / |v|) in the arithmetic of the vector: too long by a rounding, and NaN for what overflows (F7)."""
+
+    def naive(vector_k: torch.Tensor, clip_norm: float) -> torch.Tensor:
+        return vector_k * min(1.0, clip_norm / float(vector_k.norm()))
+
+    m.setattr(clients, "bounded", naive)
+    m.setattr("test_federated_core.bounded", naive)
+
+
+@caught_by(CODECS + "test_the_sum_carries_the_noise_of_the_plan_whoever_answers[10-1.0]", 25)
+def shares_of_the_silent_are_not_replaced(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Shares, "missing", lambda self, answers, size, noise, step: torch.zeros(size, dtype=torch.float64))
+
+
+@caught_by(CODECS + "test_the_sum_carries_the_noise_of_the_plan_whoever_answers[40-1.0]", 26)
+def shares_are_sized_for_everybody(m: pytest.MonkeyPatch) -> None:
+    """The allowance for silence is forgotten: the shares of those who answer fall short."""
+    right = shares.share_multiplier
+    m.setattr(shares, "share_multiplier", lambda z, users, dropouts: right(z, users, 0.0))
+
+
+@caught_by(CODECS + "test_a_message_has_its_own_share_of_noise_and_is_right_on_average", 26)
+def a_share_is_divided_by_the_number_of_users(m: pytest.MonkeyPatch) -> None:
+    """Deviations are added up as if they were variances."""
+    right = shares.share_multiplier
+    m.setattr(shares, "share_multiplier", lambda z, users, dropouts: right(z, users, dropouts) / users**0.5)
+
+
+@caught_by(CORE + "test_srht_is_right_on_average_new_every_round_and_the_same_on_both_sides", 24)
+def one_projection_for_all_rounds(m: pytest.MonkeyPatch) -> None:
+    wrapped(m, Srht, "_draw", lambda right, self, step: right(self, 0))
+
+
+@caught_by(FLOWER + "test_a_hostile_node_moves_a_round_by_no_more_than_its_users_may[a lying header]", 27)
+def what_a_node_sent_is_parsed(m: pytest.MonkeyPatch) -> None:
+    """numpy reads the header that a stranger wrote."""
+    m.setattr(messages, "_read", lambda array, shape, kind="float32": array.numpy())
+
+
+@caught_by(FLOWER + "test_what_goes_wrong_at_a_device_stays_there", 28)
+def errors_are_sent_with_their_text(m: pytest.MonkeyPatch) -> None:
+    def mod(message: Any, at: Any, call_next: Any) -> Any:
+        try:
+            return call_next(message, at)
+        except Exception as error:
+            found = messages.SottoError("SOT948", what=str(error), where="", why="", fix="")
+            content = messages.refusal_content(found)
+            content.config_records["refused"]["code"] = f"{error}"
+            return device.Message(content, reply_to=message)
+
+    m.setattr(device, "owner_mod", mod)
+
+
+@caught_by(FLOWER + "test_rounds_are_counted_at_the_device_and_stale_ones_refused", 19)
+def rounds_are_not_counted_at_the_device(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Attendance, "_enter", lambda self, key, step, most: None)
+
+
+@caught_by(FLOWER + "test_a_server_that_claims_less_than_its_numbers_cost_is_refused", 24)
+def a_device_believes_what_it_is_told(m: pytest.MonkeyPatch) -> None:
+    m.setattr(policy.accounting, "epsilon", lambda *a, **k: 0.0)
+
+
+@caught_by(FLOWER + "test_a_whole_round_through_flowers_interface", 25)
+def replies_of_other_rounds_count(m: pytest.MonkeyPatch) -> None:
+    def answers(self: SottoStrategy, replies: Any, group: str) -> Any:
+        for reply in replies:
+            users = self._asked.get(reply.metadata.src_node_id, [])
+            yield from messages.vectors_of(reply, users, self._engine.codec.size, "float32")
+
+    m.setattr(SottoStrategy, "_answers", answers)
