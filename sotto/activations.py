@@ -20,7 +20,7 @@ from sotto.models.activation_cache import ActivationCache
 from sotto.rundir import RunDir
 
 if TYPE_CHECKING:
-    from sotto.training import Session
+    from sotto.training import Holder, Session
 
 
 def folder(run: RunDir) -> Path:
@@ -58,7 +58,7 @@ def fill(session: Session, autocast: AbstractContextManager[Any]) -> ActivationC
     raise AssertionError("unreachable")
 
 
-def instead_of_layers(session: Session, examples: np.ndarray) -> AbstractContextManager[Any]:
+def instead_of_layers(session: Holder, examples: np.ndarray) -> AbstractContextManager[Any]:
     """Inside, stored outputs of these examples stand in for the frozen model's layers, if the run has stored them."""
     if session.activations is None:
         return nullcontext()

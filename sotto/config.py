@@ -272,15 +272,17 @@ class Config(Section):
 
     def _federated_agrees(self, setting: FederatedSetting) -> None:
         method = self.method
-        if method.gradient not in ("auto", "zeroth_order"):
+        if setting.sites is None and method.gradient not in ("auto", "zeroth_order"):
             raise ValueError(
                 "setting.kind: federated bounds what a user's device sends, so devices train as they like: set "
                 "method.gradient: auto, or zeroth_order"
             )
-        if method.clipping == "automatic" or method.laplace or method.side_cache:
+        if (setting.sites is None and method.clipping == "automatic") or method.laplace or method.side_cache:
             raise ValueError(
                 "setting.kind: federated needs method.clipping: flat or adaptive, Gaussian noise, and no side_cache"
             )
+        if setting.sites is not None and method.clipping == "adaptive":
+            raise ValueError("setting.sites needs method.clipping: flat or automatic")
         if method.zeroth_order and setting.codec != "none":
             raise ValueError("setting.codec is not for method.gradient: zeroth_order, which sends few numbers anyway")
         if setting.noise == "clients" and (not self.privacy.private or method.clipping == "adaptive"):

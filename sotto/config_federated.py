@@ -19,7 +19,11 @@ class FederatedSetting(Section):
     """
 
     kind: Literal["federated"]
-    """Where data and compute live: `federated` over the devices of users, or over sites that hold several users."""
+    """Where data and compute live: `federated` over the devices of users, or over sites."""
+    sites: Count | None = None
+    """Sites, such as hospitals, that hold many units each. Every site is then asked in every round, draws its own units
+    in secret, clips each of them and adds up: together that is one step of central training. Default: every device
+    holds users, who are drawn by the server and protected with all that they have."""
     local_epochs: Count = 1
     """Passes of a device over its user's examples in a round."""
     local_batch_size: Count = 8
@@ -43,12 +47,15 @@ class FederatedSetting(Section):
     """Who adds the noise. `server`: the sum is noised after it was taken; the server is trusted with it. `clients`:
     each adds a share, so that the sum of those who answer carries enough."""
     dropouts: Annotated[Real, Field(ge=0, lt=1)] = 0.2
-    """`noise: clients`: the part of the drawn users that may fail to answer without the noise falling short."""
+    """`noise: clients`: the part of the drawn users, or of the sites, that may fail to answer without the noise falling
+    short."""
     timeout: Positive = 600.0
     """Seconds that a round waits for answers. Who is late has not answered."""
 
     @model_validator(mode="after")
     def _codec_has_its_numbers(self) -> FederatedSetting:
+        if self.sites is not None and self.codec != "none":
+            raise ValueError("codec is for updates of users: a site's sum is clipped unit by unit, before it is one")
         if (self.codec == "none") != (self.latent is None):
             raise ValueError("latent is how many numbers a codec sends: every codec but none needs it")
         if (self.codec == "subspace") != (self.public_data is not None):

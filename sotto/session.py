@@ -106,8 +106,8 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
     data = load_dataset_for(config, loaded.tokenizer, "train") if carrier is None else federation.register(config)
     model = prepare(loaded.model, config.method, config.run.seed).to(device)
     if config.setting.kind == "federated":
-        clipping, tokenizer = make_clipping(config), loaded.tokenizer
-        engine = federation.engine_for(config, model, data, tokenizer, clipping, directions_key, carrier)
+        mine = (model, data, loaded.tokenizer, make_clipping(config))
+        engine = federation.engine_for(config, *mine, directions_key, carrier)
     else:
         engine = make_engine(model, config, device, directions_key)
     return Loaded(model, loaded.tokenizer, engine, data, size, device)
@@ -328,7 +328,9 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
     if isinstance(parts.engine, Cohort):
         parts.engine.run = run.id
     key, debug = bytes.fromhex(secret["sampling_key"]), config.run.debug_noise_seed is not None
-    sampler = PoissonSampler(len(parts.data.units), plan.sampling_prob, key, debug)
+    sites: int | None = plan.setting["sites"] if plan.setting else None  # which draw their units themselves
+    drawn = (sites, 1.0) if sites else (len(parts.data.units), plan.sampling_prob)
+    sampler = PoissonSampler(*drawn, key, debug)
     return Session(
         config=config,
         plan=plan,

@@ -57,6 +57,19 @@ class Budget(Protocol):
         ...
 
 
+class Holder(Protocol):
+    """What is needed to sum over units: whoever has a model and text."""
+
+    config: Config
+    model: nn.Module
+    tokenizer: Any
+    engine: Engine | ZerothOrder | Cohort
+    data: LoadedData
+    device: torch.device
+    microbatch_size: int
+    activations: ActivationCache | None
+
+
 @dataclass
 class Session:
     """Everything that a run needs, built once by `sotto.session`."""
@@ -131,7 +144,7 @@ def finish_step(session: Session, step: int, units: np.ndarray, total: ClippedSu
         save_checkpoint(s)
 
 
-def clipped_sum(session: Session, units: np.ndarray, step: int) -> ClippedSum:
+def clipped_sum(session: Holder, units: np.ndarray, step: int) -> ClippedSum:
     """The sum over the drawn units of their clipped gradients, in microbatches that never split a unit.
 
     Out of memory halves the microbatch and starts the same logical batch again; nothing has been released by then.
@@ -151,7 +164,7 @@ def clipped_sum(session: Session, units: np.ndarray, step: int) -> ClippedSum:
             torch.cuda.empty_cache()
 
 
-def _clipped_sum(s: Session, units: np.ndarray, step: int) -> ClippedSum:
+def _clipped_sum(s: Holder, units: np.ndarray, step: int) -> ClippedSum:
     if isinstance(s.engine, Cohort):
         return s.engine.collect(units, step)
     total = s.engine.zeros()
@@ -167,11 +180,11 @@ def _clipped_sum(s: Session, units: np.ndarray, step: int) -> ClippedSum:
     return total
 
 
-def batch_of(s: Session, examples: np.ndarray) -> dict[str, Any]:
+def batch_of(s: Holder, examples: np.ndarray) -> dict[str, Any]:
     return to_device(s.data.examples.collate(examples, s.tokenizer.pad_token_id), s.device)
 
 
-def losses_of(s: Session, examples: np.ndarray) -> torch.Tensor:
+def losses_of(s: Holder, examples: np.ndarray) -> torch.Tensor:
     """(B,) losses of these examples, with their graph."""
     batch = batch_of(s, examples)
     with autocast(s.config, s.device), instead_of_layers(s, examples):
@@ -184,7 +197,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
-def _does_not_fit(s: Session) -> SottoError:
+def _does_not_fit(s: Holder) -> SottoError:
     return SottoError(
         "SOT513", what="out of memory with one example at a time", where=f"run.microbatch_size; {s.device}",
         why="the examples of one unit must be in memory together; the last checkpoint is untouched, and steps that "
@@ -211,8 +224,16 @@ def check_gradients(session: Session) -> None:
     if len(s.data.units) == 0 or isinstance(s.engine, Cohort):  # whose devices train as they like
         return
     units = s.sampler.draw(s.step, 0)[:CHECKED_UNITS]
-    if len(units) < 2:
-        units = np.arange(min(CHECKED_UNITS, len(s.data.units)))
+    check_gradients_of(s, units if len(units) > 1 else np.arange(min(CHECKED_UNITS, len(s.data.units))))
+
+
+def check_gradients_of(holder: Holder, units: np.ndarray) -> None:
+    """The same for some units of whoever holds them.
+
+    Raises:
+      SottoError: SOT610, engine and autograd differ; SOT513, they do not fit in memory.
+    """
+    s = holder
     examples, unit_of = s.data.units.members_of(units)
     was_training = s.model.training
     s.model.eval()  # dropout would make any two passes differ
@@ -233,7 +254,7 @@ def check_gradients(session: Session) -> None:
         s.model.train(was_training)
 
 
-def _verify(s: Session, examples: np.ndarray, unit_of: np.ndarray) -> None:
+def _verify(s: Holder, examples: np.ndarray, unit_of: np.ndarray) -> None:
     if isinstance(s.engine, ZerothOrder):
         s.engine.check(batch_of(s, examples))
         return

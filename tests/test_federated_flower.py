@@ -140,6 +140,8 @@ METHODS = {
     "adaptive": {"method": {"train": "full", "clipping": "adaptive"}},
     "learned": {"setting": {**SETTING, "codec": "learned", "latent": 20}},
     "noise of users": {"setting": {**SETTING, "noise": "clients", "dropouts": 0.5}},
+    "sites": {"setting": {**SETTING, "sites": 2}},
+    "sites with noise": {"setting": {**SETTING, "sites": 2, "noise": "clients"}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
 }
 

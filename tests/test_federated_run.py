@@ -12,12 +12,13 @@ import pytest
 import tiny_runs
 
 import sotto
-from sotto import cli
+from sotto import cli, training
 from sotto import session as sessions
 from sotto.errors import SottoError
 from sotto.federated.simulate import simulate
 from sotto.privacy import accounting
 from sotto.privacy.ledger import Ledger
+from sotto.privacy.noise import SecureNoise
 
 FEDERATED: dict[str, Any] = {"kind": "federated", "local_batch_size": 2, "local_learning_rate": 0.05}
 
@@ -131,6 +132,101 @@ def test_scalars_of_users_are_those_of_central_zeroth_order_training(tmp_path: P
     )
 
 
+# ---- sites
+
+
+SITES: dict[str, Any] = {"sites": 3}
+
+
+@pytest.mark.parametrize("noise", ["server", "clients"])
+@pytest.mark.parametrize("gradient", ["auto", "ghost", "layerwise"])
+def test_sites_train_and_state_their_guarantee(noise: str, gradient: str, tmp_path: Path):
+    method = {"train": "lora", "gradient": gradient}
+    run = simulate(config(tmp_path, {**SITES, "noise": noise}, method=method))
+    facts = json.loads((run.path / "privacy.json").read_text())
+    outside, sums, alone = (a["epsilon"] for a in facts["adversaries"])
+    assert outside == pytest.approx(facts["epsilon"], abs=2e-6)
+    if noise == "server":
+        assert (sums, alone) == (None, None)
+    else:
+        assert sums == outside  # nobody else knows which units a site drew
+        assert alone > outside
+
+
+def test_all_units_at_sites_give_the_step_of_central_training(tmp_path: Path):
+    """Every unit drawn, no noise: the sum of the sites' sums is the sum over all units."""
+    run = {"optimizer": "sgd", "steps": 2, "schedule": "constant", "expected_batch_size": 60, "learning_rate": 0.5}
+    for name in ("sites", "central"):
+        (tmp_path / name).mkdir()
+    sites = simulate(config(tmp_path / "sites", SITES, privacy={"epsilon": "none"}, run=run))
+    central = sotto.train(tiny_runs.config(tmp_path / "central", privacy={"epsilon": "none"}, run=run))
+    tiny_runs.assert_same(tiny_runs.final_weights(central.path), tiny_runs.final_weights(sites.path), tolerance=1e-5)
+
+
+def test_the_sum_of_the_sites_moves_by_one_clipped_gradient_when_a_unit_is_left_out(tmp_path: Path):
+    parts = sessions.load_parts(config(tmp_path, SITES, run={"expected_batch_size": 60}), "key")
+    engine: Any = parts.engine
+    whole = engine.collect(np.arange(3), 0).gradients["latent"]
+    site = engine.carrier.__closure__[0].cell_contents._sites[1]
+    units = site.data.units
+    keep = np.arange(len(units))[1:]
+    members, _ = units.members_of(keep)
+    offsets = np.concatenate([[0], np.cumsum(units.sizes[keep])]).astype(np.int64)
+    object.__setattr__(site, "data", type(site.data)(site.data.examples, type(units)(offsets, members), None, ""))
+    moved = whole - engine.collect(np.arange(3), 0).gradients["latent"]
+    assert 0 < float(moved.norm()) <= parts.engine.clipping.sensitivity * (1 + 1e-5)
+
+
+def test_a_site_that_lies_is_bounded_by_all_that_it_could_hold(tmp_path: Path):
+    engine: Any = sessions.load_parts(config(tmp_path, SITES), "key").engine
+    vector = np.full(engine.codec.size, 1e30, dtype=np.float32)
+    total = engine.add_up(np.arange(3), [(0, vector)]).gradients["latent"]
+    assert float(total.norm()) <= 60 * 1.0 * (1 + 1e-6)
+
+
+def test_a_site_checks_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checked: list[int] = []
+    right = training.check_gradients_of
+
+    def check(holder: Any, units: np.ndarray) -> None:
+        checked.append(len(units))
+        right(holder, units)
+
+    monkeypatch.setattr("sotto.training.check_gradients_of", check)
+    simulate(config(tmp_path, SITES))
+    assert checked == [3, 3, 3]  # once at each site
+
+
+# ---- attacked
+
+
+AUDITED: dict[str, Any] = {
+    "server noise": {},
+    "users' noise": {"noise": "clients", "dropouts": 0.0},
+    "sites": {"sites": 3},
+    "sites' noise": {"sites": 3, "noise": "clients", "dropouts": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_an_audit_through_devices_and_server_stays_below_what_is_promised(name: str, tmp_path: Path):
+    report = sotto.audit(config(tmp_path, AUDITED[name], run={"steps": 8, "expected_batch_size": 30}), canaries=600)
+    assert not report.bug
+    # All canaries are users, more of them than the plan expects: with shares of their own they bring more noise.
+    least = 0.1 if name == "users' noise" else 0.3
+    assert max(bound.epsilon for bound in report.bounds) > least * report.claimed
+
+
+@pytest.mark.parametrize("name", ["server noise", "users' noise", "sites' noise"])
+def test_negative_twin_an_audit_finds_noise_that_is_too_small(name: str, tmp_path: Path, monkeypatch: Any):
+    right = SecureNoise.normal
+    monkeypatch.setattr(SecureNoise, "normal", lambda self, shape, std, **at: right(self, shape, std / 4, **at))
+    assert sotto.audit(config(tmp_path, AUDITED[name], run={"steps": 8, "expected_batch_size": 30}), canaries=600).bug
+
+
+# ---- what is written
+
+
 def test_nothing_private_is_in_public_files(tmp_path: Path):
     run = simulate(config(tmp_path))
     public = (run.path / "metrics.public.jsonl").read_text()
@@ -162,6 +258,8 @@ REFUSED = [
     ({}, {"method": {"gradient": "ghost"}}, "gradient"),
     ({"codec": "srht", "latent": 5}, {"method": {"gradient": "zeroth_order"}}, "codec"),
     ({"noise": "clients"}, {"method": {"clipping": "adaptive"}}, "flat"),
+    ({"sites": 3}, {"method": {"clipping": "adaptive"}}, "clipping"),
+    ({"sites": 3, "codec": "srht", "latent": 5}, {}, "codec"),
 ]
 
 

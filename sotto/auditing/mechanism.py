@@ -6,6 +6,9 @@ make one release after another, and the attacker, who sees all of them, adds up 
 worst case that the accounting is about, so a sound implementation comes close to its epsilon and never passes it (Nasr
 et al. 2021, arXiv 2101.04535; 2023, arXiv 2302.07956).
 
+In a federated run every canary is a user, or one unit of a site, that sends its vector through the bound of its device,
+its share of the noise, and everything that the server does with what comes in.
+
 With zeroth-order gradients canary j has the number clip_norm at place j, and a step releases as many numbers as there
 are canaries: the guarantee is the same for every number of them.
 
@@ -29,6 +32,10 @@ from sotto.auditing.report import CERTAINTY, AuditReport
 from sotto.config import Config
 from sotto.data.sampling import PoissonSampler
 from sotto.errors import SottoError
+from sotto.federated import server as federation
+from sotto.federated.client import bounded
+from sotto.federated.codec import Identity
+from sotto.federated.cohort import Cohort
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.engine import attach
 from sotto.privacy.plan import Plan, make_plan
@@ -80,13 +87,16 @@ def attack(config: Config, plan: Plan, member: np.ndarray) -> np.ndarray:
     Args:
       member: (canaries,) bool, which of them take part.
     """
-    source = _Numbers(config, len(member)) if config.method.zeroth_order else _Gradients(config, len(member))
+    if config.method.zeroth_order:
+        source: _Numbers | _Users | _Gradients = _Numbers(config, len(member))
+    else:
+        source = (_Users if config.setting.kind == "federated" else _Gradients)(config, len(member))
     mechanism = sessions.make_mechanism(config, plan, source.clipping)
     sampler = PoissonSampler(len(member), plan.sampling_prob, secrets.token_bytes(16))
     scores = np.zeros(len(member))
     for step in range(plan.steps):
         drawn = sampler.draw(step)
-        total = source.clipped_sum(drawn[member[drawn]])
+        total = source.clipped_sum(drawn[member[drawn]], step)
         sensitivity = total.sensitivity
         (released,) = mechanism.privatize(total, step).values()
         scores += released.double().view(-1).numpy() * plan.expected_batch_size / sensitivity
@@ -102,7 +112,7 @@ class _Gradients:
         assert config.method.gradient != "zeroth_order"
         self.engine = attach(self.model, algorithm=config.method.gradient, clipping=self.clipping)
 
-    def clipped_sum(self, drawn: np.ndarray) -> ClippedSum:
+    def clipped_sum(self, drawn: np.ndarray, step: int) -> ClippedSum:
         if len(drawn) == 0:
             return self.engine.zeros()
         losses = self.model(torch.from_numpy(drawn)) * self.steepness
@@ -116,10 +126,38 @@ class _Numbers:
         self.clipping, self.steepness = sessions.make_clipping(config), STEEPNESS * config.method.clip_norm
         self.release = Release(self.clipping, canaries, 1 if config.method.laplace else 2)
 
-    def clipped_sum(self, drawn: np.ndarray) -> ClippedSum:
+    def clipped_sum(self, drawn: np.ndarray, step: int) -> ClippedSum:
         sketch_UK = torch.zeros(len(drawn), self.release.count, dtype=torch.float64)
         sketch_UK[torch.arange(len(drawn)), torch.from_numpy(drawn)] = self.steepness
         return self.release.clipped_sum(sketch_UK)
+
+
+class _Users:
+    """Canaries as users of a federated run, or as units dealt out to its sites."""
+
+    def __init__(self, config: Config, canaries: int):
+        self.clipping, self.steepness = sessions.make_clipping(config), STEEPNESS * config.method.clip_norm
+        self.cohort = Cohort({}, self.clipping, Identity(canaries), lambda order, users: ())
+        self.cohort.shares, self.cohort.reach = federation.shares_for(config), federation.reach_for(config)
+        self.cohort.noise = self.noise = federation.noise_for(config)
+        self.sites = federation.setting_of(config).sites
+
+    def clipped_sum(self, drawn: np.ndarray, step: int) -> ClippedSum:
+        if self.sites is None:
+            return self.cohort.add_up(drawn, ((j, self._message([j], j, step)) for j in drawn.tolist()), step)
+        parts = [(s, [j for j in drawn.tolist() if j % self.sites == s]) for s in range(self.sites)]
+        return self.cohort.add_up(np.arange(self.sites), ((s, self._message(part, s, step)) for s, part in parts), step)
+
+    def _message(self, canaries: list[int], sender: int, step: int) -> torch.Tensor:
+        """What a user sends whose update is its canary, or a site for those of its units that it drew."""
+        vector = torch.zeros(self.cohort.codec.size)
+        for j in canaries:
+            one = torch.zeros(self.cohort.codec.size)
+            one[j] = self.steepness
+            vector += bounded(one, self.clipping.sensitivity)
+        if self.cohort.shares is None:
+            return vector
+        return self.cohort.shares.message(vector, self.noise, step, f"share of {sender}")
 
 
 def judge(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> AuditReport:

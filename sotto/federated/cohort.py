@@ -58,6 +58,7 @@ class Cohort:
       parameters: name -> trained parameter, at the server.
       clipping: bounds each user's vector; flat or adaptive.
       codec: of what users send.
+      reach: where sites answer: the most that an honest one can send. Users are bounded by `clipping`.
       shares, noise: where users add the noise: what their messages are, and where what is missing comes from.
       directions: what K numbers mean, where users send losses along directions; else None.
       run: the name of the run, for devices that take part in several.
@@ -87,6 +88,7 @@ class Cohort:
         self.parameters, self.clipping, self.codec = dict(parameters), clipping, codec
         self.carrier, self.name, self.run = carrier, name, ""
         self.directions: Directions | None = None
+        self.reach: float | None = None
         self.shares: Shares | None = None
         self.noise: NoiseSource | None = None
         self.heard = Heard()
@@ -147,7 +149,7 @@ class Cohort:
         if not np.isfinite(norm):
             self.heard.refuse("not finite")
             return None
-        sum_k += bounded(vector_k, most).double()
+        sum_k += bounded(vector_k, self.reach or most).double()
         return norm if norm < most * AT_THE_BOUND else max(norm, most / AT_THE_BOUND)
 
     def _add_noised(self, sum_k: torch.Tensor, answer: Any, shares: Shares) -> float | None:

@@ -10,10 +10,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -21,17 +22,19 @@ from sotto.config import Config
 from sotto.data.load import LoadedData, load_dataset_for
 from sotto.errors import SottoError
 from sotto.federated import messages, policy
-from sotto.federated.client import Client
+from sotto.federated.client import Client, Order
 from sotto.federated.layout import Layout, model_fingerprint
 from sotto.federated.server import (
     Agreement,
     codec_for,
     local_computation,
     noise_for,
+    reach_for,
     setting_of,
     what_devices_do,
 )
 from sotto.federated.shares import Shares
+from sotto.federated.site import Site, site_for
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
 from sotto.session import choose_device
@@ -57,12 +60,17 @@ class Device:
     policy: policy.Policy
     attendance: policy.Attendance
     model: Any
+    tokenizer: Any
     data: LoadedData
-    pad: int
     fingerprint: str
     first: int
     every: int
     shared: bool
+    sites: dict[str, Site] = field(default_factory=dict[str, Site])
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad_token_id
 
     @classmethod
     def load(cls, recipe: Path, rules: Path, first: int, every: int, shared: bool) -> Device:
@@ -78,9 +86,10 @@ class Device:
             data = load_dataset_for(config, loaded.tokenizer, "train")
         model = prepare(loaded.model, config.method, config.run.seed).to(choose_device(config.run.device)).eval()
         attendance = policy.Attendance(rules.with_suffix(".attendance.json"))
-        pad: Any = loaded.tokenizer.pad_token_id
-        device = cls(config, allowed, attendance, model, data, pad, model_fingerprint(model), first, every, shared)
-        if device.count and first + every * (device.count - 1) >= config.privacy.num_units:
+        print_ = model_fingerprint(model)
+        device = cls(config, allowed, attendance, model, loaded.tokenizer, data, print_, first, every, shared)
+        registered = setting_of(config).sites or config.privacy.num_units
+        if device.count and first + every * (device.count - 1) >= registered:
             raise SottoError(
                 "SOT946", what=f"there are more than {device.count - 1:,} users here", where=config.data.train,
                 why=f"the register has {config.privacy.num_units:,} users, each {every}th of them at this node",
@@ -90,7 +99,9 @@ class Device:
 
     @property
     def count(self) -> int:
-        """How many users it has."""
+        """How many users it has; a site counts as one."""
+        if setting_of(self.config).sites:
+            return 1
         users = len(self.data.units)
         return len(range(self.first, users, self.every)) if self.shared else users
 
@@ -110,28 +121,47 @@ class Device:
         self.check(agreement)
         if order.clip_norm > agreement.clip_norm and self.config.method.clipping != "adaptive":
             raise policy.refuse(f"the bound is {order.clip_norm:g}", "order.clip_norm", "keep to the agreed bound")
-        key = str(agreement.codec.get("key", agreement.directions or ""))
+        source = self._site(agreement) if setting_of(self.config).sites else self._client(message, agreement, layout)
+        vectors = {}
+        for user in users:
+            if self.has(user):
+                self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
+                vectors[user] = source(order, user)
+        return messages.answer_content(vectors)
+
+    def has(self, user: int) -> bool:
+        """Whether a number of the register stands for this site, or for one of the users here."""
+        if setting_of(self.config).sites:
+            return user == self.first
+        return user % self.every == self.first and self.local(user) < len(self.data.units)
+
+    def _client(self, message: Message, agreement: Agreement, layout: Layout) -> Callable[[Order, int], torch.Tensor]:
+        key = _key(agreement)
         compute = local_computation(self.config, self.model, self.data, self.pad, key)
         codec = codec_for(self.config, layout.size, key)
         if state := codec.state():
             codec.restore(messages.read_codec(message, {n: tuple(t.shape) for n, t in state.items()}))
-        shares = self.shares(agreement)
-        client = Client(compute, codec, self.data, shares, noise_for(self.config))
-        vectors = {}
-        for user in users:
-            if user % self.every != self.first or self.local(user) >= len(self.data.units):
-                continue
-            self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
-            vectors[user] = client.answer(order, self.local(user), user)
-        return messages.answer_content(vectors)
+        client = Client(compute, codec, self.data, self.shares(agreement), noise_for(self.config))
+        return lambda order, user: client.answer(order, self.local(user), user)
+
+    def _site(self, agreement: Agreement) -> Callable[[Order, int], torch.Tensor]:
+        if agreement.digest not in self.sites:  # the engine stays attached to the model from then on
+            for site in self.sites.values():
+                site.engine.detach()
+            shares, noise = self.shares(agreement), noise_for(self.config)
+            key = _key(agreement)
+            made = site_for(self.config, self.model, self.tokenizer, self.data, key, shares, noise)
+            self.sites = {agreement.digest: made}
+        return self.sites[agreement.digest].answer
 
     def shares(self, agreement: Agreement) -> Shares | None:
-        """The noise that its users add, from the agreed numbers."""
+        """The noise that is added here, from the agreed numbers."""
         setting = setting_of(self.config)
         if setting.noise != "clients":
             return None
-        expected = self.config.run.expected_batch_size
-        return Shares.of(agreement.clip_norm, agreement.noise_multiplier, expected, setting.dropouts)
+        expected = setting.sites or self.config.run.expected_batch_size
+        reach = reach_for(self.config)
+        return Shares.of(agreement.clip_norm, agreement.noise_multiplier, expected, setting.dropouts, reach)
 
     def check(self, agreement: Agreement) -> None:
         """Refuses what the owner does not allow, and what this device would not compute as announced.
@@ -151,6 +181,10 @@ class Device:
                 raise policy.refuse(f"the server's '{name}' is another", f"agreement.{name}", "use the same recipe")
         if agreement.codec.get("codec") != setting_of(self.config).codec:
             raise policy.refuse("the codec is another", "agreement.codec", "use the same recipe")
+
+
+def _key(agreement: Agreement) -> str:
+    return str(agreement.codec.get("key", agreement.directions or ""))
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from sotto.federated.codec import Codec, Identity, Srht
 from sotto.federated.cohort import LATENT, Carrier, Cohort
 from sotto.federated.layout import Layout, model_fingerprint
 from sotto.federated.shares import Shares
+from sotto.federated.site import Sites
 from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
 from sotto.gradients.clipping import Clipping
 from sotto.optim import Optimizer
@@ -160,10 +161,12 @@ def engine_for(
         codec.restore({BASIS: public_directions(config, model, tokenizer, codec.size)})
     probing = config.method.zeroth_order
     shares, noise = shares_for(config), noise_for(config)
-    if carrier is None:
+    if carrier is None and (sites := setting_of(config).sites) is not None:
+        carrier = in_process(Sites.of(config, model, tokenizer, data, key, shares, noise, sites))
+    elif carrier is None:
         carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data, shares, noise))
     cohort = Cohort(parameters, clipping, codec, carrier, NAME if probing else LATENT)
-    cohort.shares, cohort.noise = shares, noise
+    cohort.shares, cohort.noise, cohort.reach = shares, noise, reach_for(config)
     if probing:
         cohort.directions = zeroth_order.directions(model, config.method, key)
     return cohort
@@ -174,7 +177,15 @@ def shares_for(config: Config) -> Shares | None:
     setting, plan = setting_of(config), make_plan(config)
     if setting.noise != "clients":
         return None
-    return Shares.of(plan.clip_norm, plan.noise_multiplier, plan.expected_batch_size, setting.dropouts)
+    expected = setting.sites or plan.expected_batch_size
+    return Shares.of(plan.clip_norm, plan.noise_multiplier, expected, setting.dropouts, reach_for(config))
+
+
+def reach_for(config: Config) -> float | None:
+    """The norm of what an honest site may send: all of its units, clipped. None where users answer."""
+    if setting_of(config).sites is None:
+        return None
+    return config.privacy.num_units * config.method.clip_norm
 
 
 def noise_for(config: Config) -> NoiseSource:
@@ -213,8 +224,8 @@ def local_computation(config: Config, model: nn.Module, data: LoadedData, pad: i
     return Probing(engine, data, pad)
 
 
-def in_process(client: Client) -> Carrier:
-    """Carries orders to users whose text is all here, one after the other."""
+def in_process(client: Client | Sites) -> Carrier:
+    """Carries orders to users or sites whose text is all here, one after the other."""
 
     def carry(order: Order, users: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
         # The trained weights of the client are those of the server, which the order must not change.
@@ -228,7 +239,7 @@ def in_process(client: Client) -> Carrier:
 def what_devices_do(config: Config) -> dict[str, object]:
     """The part of a configuration that a device must have in common with the server."""
     setting = setting_of(config).model_dump(mode="json")
-    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in ("noise", "dropouts")}
+    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in ("sites", "noise", "dropouts")}
     local["expected_batch_size"] = config.run.expected_batch_size
     return {**local, "method": config.method.model_dump(mode="json"), "task": config.data.task}
 
@@ -256,7 +267,7 @@ def register(config: Config) -> LoadedData:
     Raises:
       SottoError: SOT933, the dataset has no name to keep its ledger under.
     """
-    name, count = config.privacy.dataset, config.privacy.num_units
+    name, count = config.privacy.dataset, setting_of(config).sites or config.privacy.num_units
     if name is None:
         raise SottoError(
             "SOT933", what="privacy.dataset is missing", where="privacy.dataset",

@@ -43,16 +43,21 @@ class Shares:
       clip_norm: C.
       std: s, of a share, in the units of an update.
       least: M.
+      reach: the norm that a message has at most without its noise: C, or a site's units times C.
     """
 
     clip_norm: float
     std: float
     least: int
+    reach: float
 
     @classmethod
-    def of(cls, clip_norm: float, noise_multiplier: float, expected_users: int, dropouts: float) -> Shares:
-        share = share_multiplier(noise_multiplier, expected_users, dropouts)
-        return cls(clip_norm, share * clip_norm, least_answers(expected_users, dropouts))
+    def of(
+        cls, clip_norm: float, noise_multiplier: float, expected: int, dropouts: float, reach: float | None = None
+    ) -> Shares:
+        """The shares of so many users, or sites, that are expected to answer."""
+        share = share_multiplier(noise_multiplier, expected, dropouts)
+        return cls(clip_norm, share * clip_norm, least_answers(expected, dropouts), reach or clip_norm)
 
     @property
     def unit(self) -> float:
@@ -68,7 +73,7 @@ class Shares:
 
     def longest(self, size: int) -> float:
         """Norm, in units, that a message of k numbers does not exceed but with probability below 10^-13."""
-        return (self.clip_norm + self.std * (math.sqrt(size) + 8)) / self.unit
+        return (self.reach + self.std * (math.sqrt(size) + 8)) / self.unit
 
     def missing(self, answers: int, size: int, noise: NoiseSource, step: int) -> torch.Tensor:
         """(k,) float64: the shares of those below `least` who did not answer, in units."""

@@ -127,7 +127,7 @@ class SottoStrategy(Strategy):
         hellos = [Message(RecordDict({"agreement": facts}), node, messages.HELLO, ttl=self._patience) for node in new]
         for reply in grid.send_and_receive(hellos, timeout=self._patience):
             node = reply.metadata.src_node_id
-            users = messages.users_of(reply, self.agreement.model, self.session.plan.num_units)
+            users = messages.users_of(reply, self.agreement.model, self.session.sampler.num_units)
             if isinstance(users, str):
                 log.warning("node %s is left out: %s", node, users)
                 if reply.has_content():  # a node that did not answer in time is asked again

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sotto.privacy import accounting
-from sotto.privacy.accounting import Gaussian
+from sotto.privacy.accounting import Gaussian, PoissonGaussian
 from sotto.privacy.plan import Plan
 
 
@@ -62,14 +62,17 @@ def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
         epsilon,
         "the noise on every sum, and sampling that nobody outside the server sees",
     )
+    sender = "site's sum" if plan.setting["sites"] is not None else "drawn user's vector"
     if plan.setting["noise"] == "server":
         return [
             outside,
             Adversary("the server, where it learns sums alone", "sums, and adds the noise to them itself", None,
                       "the noise is its own, so it knows the sum without it"),
-            Adversary("the server as it is", "each drawn user's vector, bounded and not noised", None,
+            Adversary("the server as it is", f"each {sender}, bounded and not noised", None,
                       "it is trusted with these vectors; on the way they are encrypted"),
         ]  # fmt: skip
+    if plan.setting["sites"] is not None:
+        return [outside, *_against_sites(plan, epsilon, rounds, plan.setting["sites"])]
     share = share_multiplier(plan.noise_multiplier, plan.expected_batch_size, plan.setting["dropouts"])
     # The server draws the users itself, so nothing is amplified for it; a user may be drawn in every round.
     central = accounting.composed_epsilon([(Gaussian(plan.noise_multiplier), rounds)], plan.delta)
@@ -81,4 +84,20 @@ def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
                   "the users' shares together; the server knows whom it drew"),
         Adversary("the server as it is", "each drawn user's vector with that user's share of the noise", local,
                   f"the share alone, for a user who is drawn in all of {rounds:,} rounds"),
+    ]  # fmt: skip
+
+
+def _against_sites(plan: Plan, epsilon: float, rounds: int, sites: int) -> list[Adversary]:
+    """Sites draw their own units in secret, so sampling amplifies against the server too."""
+    assert plan.setting is not None
+    share = share_multiplier(plan.noise_multiplier, sites, plan.setting["dropouts"])
+    local = accounting.composed_epsilon(
+        [(PoissonGaussian(share, plan.sampling_prob), rounds)], plan.delta, plan.neighboring_relation
+    )
+    return [
+        Adversary("the server, where it learns sums alone (secure aggregation, which is not part of this release)",
+                  "sums that carry the sites' noise", epsilon,
+                  "the sites' shares together; no one but the site knows which units it drew"),
+        Adversary("the server as it is, and every other site", "each site's sum with that site's share of the noise",
+                  local, "the share alone, and the site's own sampling"),
     ]  # fmt: skip

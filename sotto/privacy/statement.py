@@ -187,7 +187,7 @@ def _accounting(plan: Plan) -> str:
 
 def _clipping(plan: Plan) -> str:
     what = "each layer of its gradient, so that the whole had" if plan.layerwise else "its gradient to"
-    if plan.setting:
+    if plan.setting and plan.setting["sites"] is None:
         codec = "" if plan.setting["codec"] == "none" else f", encoded as {plan.setting['latent']:,} numbers,"
         what = f"what its device would change of the weights{codec} to"
     if plan.probes:
