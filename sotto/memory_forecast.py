@@ -242,7 +242,10 @@ class _Run:
         self.optimizer = session.make_optimizer(self.engine, config)
         recorder.assign([self.optimizer.ema, getattr(self.optimizer, "state", None)], "optimizer")
         plan: Any = SimpleNamespace(
-            noise_multiplier=1.0, expected_batch_size=config.run.expected_batch_size, pure=config.method.laplace
+            noise_multiplier=1.0,
+            expected_batch_size=config.run.expected_batch_size,
+            pure=config.method.laplace,
+            setting=None,
         )
         self.mechanism = session.make_mechanism(config, plan, self.engine.clipping, _NoNoise())
         self.each = config.privacy.max_examples_per_unit

@@ -320,7 +320,12 @@ def test_planting_leaves_the_dataset_as_it_is(tmp_path: Path):
 
 def test_an_audit_that_is_stopped_cannot_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     right = planting.commands.run_session
-    monkeypatch.setattr(planting.commands, "_run", lambda s, p: (setattr(s, "stop_requested", True), right(s, p))[1])
+
+    def stopped(session: Any, progress: Any) -> Any:
+        session.stop_requested = True
+        return right(session, progress)
+
+    monkeypatch.setattr(planting.commands, "run_session", stopped)
     with pytest.raises(SottoError, match="SOT705"):
         sotto.audit(tiny_runs.config(tmp_path), plant=20)
     (run,) = sotto.ls(tmp_path / "runs")

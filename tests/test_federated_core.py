@@ -53,6 +53,14 @@ def test_nothing_longer_than_the_bound_leaves(values: list[float], clip_norm: fl
     assert float(sent.double().norm()) <= clip_norm
 
 
+@pytest.mark.parametrize("values", [[3e38] * 4, [float("nan"), 1.0], [float("inf")], [1e-45, 5.0], [0.1] * 777])
+def test_a_vector_that_is_too_long_is_cut_and_one_that_is_none_is_zero(values: list[float]):
+    sent = bounded(torch.tensor(values), 0.7)
+    assert torch.isfinite(sent).all()
+    assert float(sent.double().norm()) <= 0.7
+    assert (float(sent.norm()) > 0.69) == bool(np.isfinite(values).all())
+
+
 def test_a_vector_within_the_bound_is_sent_as_it_is():
     vector = torch.tensor([0.3, -0.4])
     assert torch.equal(bounded(vector, 1.0), vector)

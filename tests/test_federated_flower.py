@@ -232,6 +232,17 @@ HOSTILE = {
 }
 
 
+def test_bytes_of_a_stranger_are_compared_and_not_parsed(monkeypatch: pytest.MonkeyPatch):
+    honest = Array(np.ones(50, dtype=np.float32))
+    assert messages._read(honest, (50,)).tolist() == [1.0] * 50
+    longer = Array("float32", (50,), "numpy.ndarray", honest.data.replace(b"(50,)", b"(51,)"))
+    by_columns = Array("float32", (50,), "numpy.ndarray", honest.data.replace(b"False", b"True "))
+    monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("numpy parsed it"))
+    for array in (longer, by_columns, Array("float32", (50,), "numpy.ndarray", honest.data[:-1])):
+        with pytest.raises(ValueError, match="inside"):
+            messages._read(array, (50,))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_node_moves_a_round_by_no_more_than_its_users_may(name: str, tmp_path: Path, started: Any):
     """Against the same round in which this node is silent."""

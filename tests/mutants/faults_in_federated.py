@@ -32,6 +32,8 @@ def the_server_trusts_that_devices_have_clipped(m: pytest.MonkeyPatch) -> None:
 
 @caught_by(CORE + "test_only_those_who_were_asked_count_and_each_once", 25)
 def an_answer_counts_as_often_as_it_is_sent(m: pytest.MonkeyPatch) -> None:
+    """Whoever repeats itself weighs more."""
+
     def add_up(self: Cohort, users: np.ndarray, answers: Any, step: int = 0) -> Any:
         total = self.zeros()
         for _, answer in answers:
@@ -66,7 +68,7 @@ def the_bound_follows_the_clipped_fraction(m: pytest.MonkeyPatch) -> None:
     wrapped(m, Adaptive, "follow", lambda right, self, fraction_G: right(self, 1 - fraction_G))
 
 
-@caught_by(CORE + "test_nothing_longer_than_the_bound_leaves", 26)
+@caught_by(CORE + "test_a_vector_that_is_too_long_is_cut_and_one_that_is_none_is_zero", 26)
 def a_vector_is_clipped_in_float32(m: pytest.MonkeyPatch) -> None:
     """min(1, C / |v|) in the arithmetic of the vector: too long by a rounding, and NaN for what overflows (F7)."""
 
@@ -79,6 +81,7 @@ def a_vector_is_clipped_in_float32(m: pytest.MonkeyPatch) -> None:
 
 @caught_by(CODECS + "test_the_sum_carries_the_noise_of_the_plan_whoever_answers[10-1.0]", 25)
 def shares_of_the_silent_are_not_replaced(m: pytest.MonkeyPatch) -> None:
+    """With fewer answers than the shares were sized for, the sum has too little noise."""
     m.setattr(Shares, "missing", lambda self, answers, size, noise, step: torch.zeros(size, dtype=torch.float64))
 
 
@@ -98,10 +101,11 @@ def a_share_is_divided_by_the_number_of_users(m: pytest.MonkeyPatch) -> None:
 
 @caught_by(CORE + "test_srht_is_right_on_average_new_every_round_and_the_same_on_both_sides", 24)
 def one_projection_for_all_rounds(m: pytest.MonkeyPatch) -> None:
+    """The same part of every update is thrown away."""
     wrapped(m, Srht, "_draw", lambda right, self, step: right(self, 0))
 
 
-@caught_by(FLOWER + "test_a_hostile_node_moves_a_round_by_no_more_than_its_users_may[a lying header]", 27)
+@caught_by(FLOWER + "test_bytes_of_a_stranger_are_compared_and_not_parsed", 27)
 def what_a_node_sent_is_parsed(m: pytest.MonkeyPatch) -> None:
     """numpy reads the header that a stranger wrote."""
     m.setattr(messages, "_read", lambda array, shape, kind="float32": array.numpy())
@@ -109,6 +113,8 @@ def what_a_node_sent_is_parsed(m: pytest.MonkeyPatch) -> None:
 
 @caught_by(FLOWER + "test_what_goes_wrong_at_a_device_stays_there", 28)
 def errors_are_sent_with_their_text(m: pytest.MonkeyPatch) -> None:
+    """An exception of a device quotes what it was reading, and the server gets it."""
+
     def mod(message: Any, at: Any, call_next: Any) -> Any:
         try:
             return call_next(message, at)
@@ -123,16 +129,20 @@ def errors_are_sent_with_their_text(m: pytest.MonkeyPatch) -> None:
 
 @caught_by(FLOWER + "test_rounds_are_counted_at_the_device_and_stale_ones_refused", 19)
 def rounds_are_not_counted_at_the_device(m: pytest.MonkeyPatch) -> None:
+    """A server may ask the same user as often as it likes."""
     m.setattr(Attendance, "_enter", lambda self, key, step, most: None)
 
 
 @caught_by(FLOWER + "test_a_server_that_claims_less_than_its_numbers_cost_is_refused", 24)
 def a_device_believes_what_it_is_told(m: pytest.MonkeyPatch) -> None:
+    """The epsilon of the announced numbers is not recomputed."""
     m.setattr(policy.accounting, "epsilon", lambda *a, **k: 0.0)
 
 
 @caught_by(FLOWER + "test_a_whole_round_through_flowers_interface", 25)
 def replies_of_other_rounds_count(m: pytest.MonkeyPatch) -> None:
+    """An answer to an old order, under another bound, is added to this round."""
+
     def answers(self: SottoStrategy, replies: Any, group: str) -> Any:
         for reply in replies:
             users = self._asked.get(reply.metadata.src_node_id, [])
