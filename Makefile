@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait sleep instead of spinning: several times faster where other programs want the cores too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test lint types unit test-slow crash test-gpu format clean
+.PHONY: install demo test lint types unit test-slow fuzz crash test-gpu format clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ unit: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+fuzz: install
+	SOTTO_FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest tests/test_fuzz.py
 
 crash: install
 	cd tests && ../$(BIN)/python crash.py --kills $(or $(KILLS),200)

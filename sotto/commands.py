@@ -6,7 +6,6 @@ Heavy libraries are imported inside, so that `plan` answers in a second and `--h
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,24 +301,28 @@ def check(config: ConfigLike) -> DataReport:
 def ls(directory: str | Path = "runs") -> list[dict[str, Any]]:
     """The runs in a folder: name, state, steps, epsilon."""
     from sotto.metrics import last_step
+    from sotto.rundir import RunDir
 
     found = []
     for path in sorted(Path(directory).glob("[!.]*/plan.json")):
-        folder = path.parent
-        if not (folder / "private").is_dir():
+        run = RunDir(path.parent)
+        if not (run.path / "private").is_dir():
             continue  # somebody else's plan.json
-        planned = json.loads(path.read_text())
-        privacy = folder / "privacy.json"
-        done = json.loads(privacy.read_text()) if privacy.exists() else None
+        state, done, planned = "finished" if run.finished else "unfinished", {}, {}
+        try:
+            planned = run.read_json("plan.json", "steps", "delta", "not_private")
+            done = run.read_json("privacy.json") if run.finished else {}
+        except SottoError:
+            state = "damaged"
         found.append(
             {
-                "run": str(folder),
-                "state": "finished" if done else "unfinished",
-                "step": last_step(folder),
-                "steps": planned["steps"],
-                "epsilon": done.get("epsilon") if done else None,
-                "delta": planned["delta"],
-                "private": planned["not_private"] is None,
+                "run": str(run.path),
+                "state": state,
+                "step": last_step(run.path),
+                "steps": planned.get("steps"),
+                "epsilon": done.get("epsilon"),
+                "delta": planned.get("delta"),
+                "private": planned.get("not_private") is None,
             }
         )
     return found
@@ -330,7 +333,7 @@ def show(path: str | Path) -> str:
     from sotto.rundir import RunDir
 
     run = RunDir.open(path)
-    planned = run.read_json("plan.json")
+    planned = run.read_json("plan.json", "not_private")
     if planned["not_private"]:
         return f"NOT PRIVATE: {planned['not_private']}.\nThis run has no guarantee and no statement.\n"
     if run.finished:

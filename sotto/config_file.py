@@ -85,7 +85,7 @@ def load(cls: type[M], path: Path, overrides: list[str] | tuple[str, ...] = ()) 
         if node is not None:
             _index_lines(node, (), source)
         values = loader.construct_document(node) if node is not None else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         raise SottoError(
             "SOT101",
@@ -168,7 +168,7 @@ def override(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> 
             )
         try:
             value = yaml.load(raw, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):
             value = raw
         target = result.setdefault(section, {})
         if not isinstance(target, dict):

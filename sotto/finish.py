@@ -120,7 +120,7 @@ def export_run(path: Path, to: Path, mode: Literal["merged", "adapter"]) -> Path
 
 def finished_again(run: RunDir) -> tuple[nn.Module, dict[str, Any], str | None]:
     """The model, privacy.json and statement of a run that is finished. Reads no training data and charges nothing."""
-    plan, facts = Plan.from_dict(run.read_json("plan.json")), run.read_json("privacy.json")
+    plan, facts = run.plan(), run.read_json("privacy.json")
     with run.locked():
         if plan.private:  # a crash may have come between the last file and the last entry
             Ledger.open(run.read_json("private/secrets.json")["ledger"]).close_run(run.id)
@@ -146,7 +146,7 @@ def reopen(run: RunDir, config: Config) -> Trained:
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     model = prepare(loaded.model, config.method, config.run.seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    plan = Plan.from_dict(run.read_json("plan.json"))
+    plan = run.plan()
     if config.method.zeroth_order:
         final = _replayed(run, config, model.eval(), latest)
     else:

@@ -27,6 +27,7 @@ from typing import Any
 from sotto import config_file
 from sotto.config import Config
 from sotto.errors import SottoError, did_you_mean
+from sotto.privacy.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,29 @@ class RunDir:
     def config(self) -> Config:
         return Config.load(self.path / "config.yaml")
 
-    def read_json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
+        """The content of one of the run's files.
+
+        Raises:
+          SottoError: SOT516, it is damaged: cannot be read, is no mapping, or lacks one of `keys`.
+        """
+        try:
+            values = json.loads((self.path / name).read_text())
+            if not isinstance(values, dict) or not values.keys() >= set(keys):
+                raise ValueError("it lacks something")
+            return values
+        except (OSError, ValueError, RecursionError) as error:
+            raise SottoError(
+                "SOT516", what=f"{name} of the run is damaged: {type(error).__name__}", where=str(self.path / name),
+                why="what the run promised and did is read from it", fix="put the file back from a copy of the run",
+            ) from None  # fmt: skip
+
+    def plan(self) -> Plan:
+        """The plan that was settled before the first step. Raises SOT516."""
+        try:
+            return Plan.from_dict(self.read_json("plan.json"))
+        except TypeError:  # a field is missing
+            return Plan.from_dict(self.read_json("plan.json", "every field of a plan"))
 
     def write(self, name: str, text: str, private: bool = False) -> None:
         """Replaces a file in one step: readers see the old text or the new one, never half of it."""

@@ -255,7 +255,7 @@ def resume(path: str | Path, carrier: Carrier | None = None) -> Session:
 def _resume(run: RunDir, carrier: Carrier | None) -> Session:
     config = run.config()
     require_one_loop(config)
-    plan = Plan.from_dict(run.read_json("plan.json"))
+    plan = run.plan()
     _require_board(config)
     _require_same_plan(config, plan, run)
     secret = run.read_json("private/secrets.json")
