@@ -287,6 +287,13 @@ def test_the_codec_may_not_change_when_a_run_goes_on(tmp_path: Path):
         sotto.resume(run.path)
 
 
+@pytest.mark.parametrize(("noise", "word"), [("server", "no guarantee"), ("clients", "a server of sums epsilon")])
+def test_a_plan_says_against_whom_before_anything_is_read(noise: str, word: str, tmp_path: Path):
+    from sotto.report import plan_text
+
+    assert word in plan_text.render(sotto.plan(config(tmp_path, {"noise": noise})))
+
+
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     path = tiny_runs.write_yaml(tmp_path, setting=FEDERATED)
     monkeypatch.setattr("sys.argv", ["sotto", "federated", "simulate", str(path), "--set", "run.steps=2"])

@@ -47,7 +47,9 @@ def test_it_validates(recipe: Path) -> None:
 def test_its_first_line_runs_it(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     names, command = first_command(text)
-    assert command == ["sotto", "train", f"recipes/{recipe.name}"]
+    federated = "kind: federated" in text
+    action = ["federated", "simulate"] if federated else ["train"]
+    assert command == ["sotto", *action, f"recipes/{recipe.name}"]
     assert set(names) == set(re.findall(r"\$\{(\w+)\}", text)), "the command names every variable that the file needs"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sotto.privacy.accounting import round_up
+from sotto.privacy.adversaries import adversaries
 from sotto.privacy.plan import Alternative, Plan
 from sotto.report.memory_text import PARTS
 
@@ -21,11 +22,22 @@ def render(plan: Plan) -> str:
         lines += _budget(plan) + [""] + _alternatives(plan)
         if plan.not_private:
             lines += ["", f"NOT PRIVATE: {plan.not_private}. The numbers above are what the run would have earned."]
+    if plan.setting and plan.planned_epsilon is not None and not plan.not_private:
+        lines += ["", *_against(plan, plan.planned_epsilon)]
     if plan.memory:
         lines += ["", *_memory(plan.memory)]
     if plan.result:
         lines.append(f"result           {plan.result}")
     return "\n".join(lines)
+
+
+def _against(plan: Plan, epsilon: float) -> list[str]:
+    found = adversaries(plan, epsilon, plan.steps)
+    heads = ("against others", "a server of sums", "this server")
+    return [
+        f"{head:<17}" + ("no guarantee" if a.epsilon is None else f"epsilon {round_up(a.epsilon)}")
+        for head, a in zip(heads, found, strict=True)
+    ]
 
 
 def _who(plan: Plan) -> str:
