@@ -46,6 +46,7 @@ _WHERE = {
         ),
         "sotto.commands",
     ),
+    "sweep": "sotto.sweeping",
 }
 _RENAMED = {"load": "load_exported"}
 

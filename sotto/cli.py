@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ def main() -> None:
         # Typer turns Ctrl-C into an exit code that it returns, or, in older releases, into an exception of its own.
         if app(standalone_mode=False) == INTERRUPTED:
             _exit_interrupted()
+        sys.stdout.flush()  # here, where a reader that has gone away is no error
     except SottoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -144,6 +146,34 @@ def train(config: ConfigPath, set: Sets = None) -> None:
     loaded = _load(config, set)
     session.require_central(loaded)
     work(session.start(loaded, config.stem))
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    over: Annotated[
+        list[str], typer.Option("--over", metavar="SECTION.KEY=V1,V2", help="Values to draw from. Repeatable.")
+    ],
+    trials: Annotated[float, typer.Option(help="How many trainings to expect; how many there are is secret.")] = 5.0,
+    distribution: Annotated[str, typer.Option(help="Of that number: geometric or logarithmic.")] = "geometric",
+    public_eval: Annotated[
+        bool, typer.Option("--public-eval", help="data.eval is public, so models may be compared on it.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what it would cost.")] = False,
+    set: Sets = None,
+) -> None:
+    """Train several models and release the best, at a price that covers the choice."""
+    from sotto import sweeping
+
+    parts = [item.partition("=") for item in over]
+    grid = {key: text.split(",") for key, _, text in parts}
+    law: Any = distribution
+    if plan:
+        _print_json(dataclasses.asdict(sweeping.plan_sweep(_load(config, set), grid, trials, law)[0]))
+        return
+    done = sweeping.sweep(_load(config, set), grid, trials, law, public_eval)
+    print(done.statement or "NOT PRIVATE")
+    print(f"released: {done.path}")
 
 
 @app.command()

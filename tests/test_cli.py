@@ -15,7 +15,7 @@ import tiny_runs
 import typer
 
 import sotto
-from sotto import cli, commands
+from sotto import cli, commands, sweeping
 from sotto.config import Config
 
 COMMANDS = [
@@ -32,7 +32,7 @@ COMMANDS = [
     "show",
     "ledger",
 ]
-COMMANDS += ["audit", "doctor"]
+COMMANDS += ["audit", "doctor", "sweep"]
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:
@@ -66,7 +66,7 @@ def test_every_command_is_a_python_function_of_the_same_name() -> None:
     single = {name for name, command in group.commands.items() if not hasattr(command, "commands")}  # type: ignore[attr-defined]
     assert sorted(single) == sorted(COMMANDS)
     for name in COMMANDS:
-        assert getattr(sotto, name) is getattr(commands, name)
+        assert getattr(sotto, name) is getattr(sweeping if name == "sweep" else commands, name)
 
 
 def test_help_starts_at_once() -> None:

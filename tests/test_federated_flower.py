@@ -269,7 +269,7 @@ def test_a_hostile_node_moves_a_round_by_no_more_than_its_users_may(name: str, t
 
 def test_a_whole_round_through_flowers_interface(tmp_path: Path, started: Any):
     """As Flower's own loop, or somebody's test of a strategy, calls it; replies of other rounds do not count."""
-    session, strategy = started(tmp_path)
+    session, strategy = started(tmp_path, run={"expected_batch_size": 60})  # everybody, in every round
     grid = MemoryGrid(tmp_path)
     orders = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
     replies = list(grid.send_and_receive(orders))
@@ -278,6 +278,7 @@ def test_a_whole_round_through_flowers_interface(tmp_path: Path, started: Any):
     assert metrics is None
     assert arrays is not None
     assert session.step == 1
+    assert private_numbers(session.run.path)[-1]["answers"]["answered"] == 60
     assert strategy.aggregate_train(1, replies) == (None, None)  # a round is closed once
     strategy.configure_train(2, arrays, ConfigRecord(), grid)
     before = session.step

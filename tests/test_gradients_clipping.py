@@ -212,6 +212,7 @@ HUGE = st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e3, 1e15, 1e30, torch.inf, -torc
 
 
 @settings(max_examples=60, deadline=None)
+@example([1e15, 0.0, 0.0, 0.0, 0.0], [1e-30, 0.0, 0.0, 0.0, 0.0], "ghost", Flat(1.0), False, torch.float32)
 @given(
     st.lists(HUGE, min_size=B, max_size=B), st.lists(HUGE, min_size=B, max_size=B), st.sampled_from(ALGORITHMS),
     st.sampled_from([Flat(1.0), Automatic(1.0)]), st.booleans(), st.sampled_from([torch.float32, torch.float64]),

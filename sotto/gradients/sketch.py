@@ -10,6 +10,7 @@ Shape legend: B rows, L whatever is between the rows and the last dimension, p t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,26 +28,29 @@ class Sketch:
       shape: of the tensor.
       norms_B: (B,) float64.
       projections_BK: (B, K) float64.
+      floor: norm below which the rounding of subnormal numbers is as large as they are.
       across: the sketch of the tensor with its first two dimensions exchanged, if both have size B.
     """
 
     shape: torch.Size
     norms_B: torch.Tensor
     projections_BK: torch.Tensor
+    floor: float = 0.0
     across: Sketch | None = None
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Sketch:
         """Args: x: (B, ..., p), at least two dimensions."""
-        sketch = cls(x.shape, *_reduce(x))
+        floor = torch.finfo(x.dtype).tiny * math.sqrt(x[0].numel() if len(x) else 0)
+        sketch = cls(x.shape, *_reduce(x), floor)
         if x.dim() > 2 and x.shape[0] == x.shape[1]:
-            sketch.across = cls(x.shape, *_reduce(x.transpose(0, 1)))
+            sketch.across = cls(x.shape, *_reduce(x.transpose(0, 1)), floor)
         return sketch
 
     @property
     def rows_with_gradient(self) -> int:
-        """How many rows are finite and not zero."""
-        return int((torch.isfinite(self.norms_B) & (self.norms_B > 0)).sum())
+        """How many rows are finite, and not so small that they cannot be compared."""
+        return int((torch.isfinite(self.norms_B) & (self.norms_B > self.floor)).sum())
 
     def follows(self, x: torch.Tensor, weight_B: torch.Tensor) -> bool:
         """Whether each finite row of x is the sketched row times its weight.
@@ -62,7 +66,8 @@ class Sketch:
         finite_B = torch.isfinite(error_B) & torch.isfinite(self.norms_B)
         if not bool(finite_B.any()):
             return True
-        return not bool((error_B > tolerance * (self.norms_B + self.norms_B[finite_B].max()))[finite_B].any())
+        allowed_B = tolerance * (self.norms_B + self.norms_B[finite_B].max()) + self.floor
+        return not bool((error_B > allowed_B)[finite_B].any())
 
 
 def _reduce(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

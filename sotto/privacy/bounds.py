@@ -25,6 +25,7 @@ import functools
 import importlib
 import logging
 import math
+from typing import Any
 
 from sotto.errors import SottoError
 from sotto.privacy.events import Event, Gaussian, Laplace, PoissonGaussian, PoissonLaplace, dp_accounting
@@ -136,8 +137,19 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     return low * (1 - 1e-11)
 
 
+def selection_bound(event: Event, steps: int, delta: float, mean: float, shape: float) -> float:
+    """Epsilon by Renyi DP of the best of a random number of runs of `steps` events; see `selection`."""
+    library = dp_accounting()
+    trial = library.SelfComposedDpEvent(event.to_dp_event(), steps)
+    return _renyi([(dp_accounting(".dp_event").RepeatAndSelectDpEvent(trial, mean, shape), 1)], delta)
+
+
 def rdp_bound(events: Counts, delta: float) -> float:
     """Epsilon by Renyi DP under add_or_remove_one (conversion of Canonne, Kamath and Steinke 2020)."""
+    return _renyi([(event.to_dp_event(), count) for event, count in events], delta)
+
+
+def _renyi(events: list[tuple[Any, int]], delta: float) -> float:
     orders = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [80, 100, 128, 192, 256, 384, 512, 1024]
     relation = dp_accounting().NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant = dp_accounting(".rdp").RdpAccountant(orders, relation)
@@ -146,7 +158,7 @@ def rdp_bound(events: Counts, delta: float) -> float:
     log.setLevel(logging.ERROR)  # it warns of each order that it leaves out; fewer orders only make the bound larger
     try:
         for event, count in events:
-            accountant.compose(event.to_dp_event(), count)
+            accountant.compose(event, count)
         value = float(accountant.get_epsilon(delta))
     finally:
         log.setLevel(before)
