@@ -289,6 +289,17 @@ def test_a_whole_round_through_flowers_interface(tmp_path: Path, started: Any):
     assert strategy.aggregate_evaluate(2, []) is None
 
 
+def test_a_device_with_one_user_and_one_class_takes_part(tmp_path: Path, started: Any):
+    """That it has little to learn from is private, and no reason to say so."""
+    _, strategy = started(tmp_path)
+    rows = [row for row in tiny_runs.rows() if row["who"] == tiny_runs.unit_name(0)]
+    tiny_runs.write_csv(tmp_path / "part0.csv", [{**row, "label": "good"} for row in rows])
+    devices.device_of.cache_clear()
+    device = devices.device_for(context(tmp_path, 0))
+    assert device.count == 1
+    device.check(strategy.agreement)
+
+
 def test_two_nodes_cannot_claim_the_same_users(tmp_path: Path, started: Any):
     _, strategy = started(tmp_path)
     grid = MemoryGrid(tmp_path)

@@ -43,8 +43,13 @@ def has_eval(section: DataSection) -> bool:
     return section.eval is not None or section.eval_split is not None
 
 
-def load_dataset_for(config: Config, tokenizer: PreTrainedTokenizerBase, which: Literal["train", "eval"]) -> LoadedData:
+def load_dataset_for(
+    config: Config, tokenizer: PreTrainedTokenizerBase, which: Literal["train", "eval"], whole: bool = True
+) -> LoadedData:
     """Reads, tokenises, groups and checks the training or the evaluation data.
+
+    Args:
+      whole: False for a part of the training data, such as one device's: few units, or one class, are then no error.
 
     For evaluation the units are single examples: there is no contribution bound, the unit's column need not exist, and
     nothing is checked against the privacy section.
@@ -70,8 +75,8 @@ def load_dataset_for(config: Config, tokenizer: PreTrainedTokenizerBase, which: 
         bad=bad,
         dropped_examples=dropped,
         unit_values=unit_values,
-        privacy=config.privacy if training else None,
-        expected_batch_size=config.run.expected_batch_size if training else None,
+        privacy=config.privacy if training and whole else None,
+        expected_batch_size=config.run.expected_batch_size if training and whole else None,
     )
     return LoadedData(examples, units, report, fingerprint(table, roles))
 

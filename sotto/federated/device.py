@@ -83,9 +83,7 @@ class Device:
         setting_of(config)
         with contextlib.chdir(recipe.resolve().parent):  # Flower starts apps in folders of its own
             loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
-            # The size of a round is that of the register, and says nothing of the users here.
-            alone = config.model_copy(update={"run": config.run.model_copy(update={"expected_batch_size": 1})})
-            data = load_dataset_for(alone, loaded.tokenizer, "train")
+            data = load_dataset_for(config, loaded.tokenizer, "train", whole=False)
         model = prepare(loaded.model, config.method, config.run.seed).to(choose_device(config.run.device)).eval()
         attendance = policy.Attendance(rules.with_suffix(".attendance.json"))
         print_ = model_fingerprint(model)
