@@ -77,11 +77,12 @@ def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
     # The server draws the users itself, so nothing is amplified for it; a user may be drawn in every round.
     central = accounting.composed_epsilon([(Gaussian(plan.noise_multiplier), rounds)], plan.delta)
     local = accounting.composed_epsilon([(Gaussian(share), rounds)], plan.delta)
+    least = least_answers(plan.expected_batch_size, plan.setting["dropouts"])
     return [
         outside,
         Adversary("the server, where it learns sums alone (secure aggregation, which is not part of this release)",
                   "sums that carry the users' noise", central,
-                  "the users' shares together; the server knows whom it drew"),
+                  f"the shares of {least} users together, in rounds that so many answer; it knows whom it drew"),
         Adversary("the server as it is", "each drawn user's vector with that user's share of the noise", local,
                   f"the share alone, for a user who is drawn in all of {rounds:,} rounds"),
     ]  # fmt: skip
@@ -91,13 +92,14 @@ def _against_sites(plan: Plan, epsilon: float, rounds: int, sites: int) -> list[
     """Sites draw their own units in secret, so sampling amplifies against the server too."""
     assert plan.setting is not None
     share = share_multiplier(plan.noise_multiplier, sites, plan.setting["dropouts"])
+    least = least_answers(sites, plan.setting["dropouts"])
     local = accounting.composed_epsilon(
         [(PoissonGaussian(share, plan.sampling_prob), rounds)], plan.delta, plan.neighboring_relation
     )
     return [
         Adversary("the server, where it learns sums alone (secure aggregation, which is not part of this release)",
                   "sums that carry the sites' noise", epsilon,
-                  "the sites' shares together; no one but the site knows which units it drew"),
+                  f"the shares of {least} sites together, in rounds that so many answer; only a site knows its draw"),
         Adversary("the server as it is, and every other site", "each site's sum with that site's share of the noise",
                   local, "the share alone, and the site's own sampling"),
     ]  # fmt: skip
