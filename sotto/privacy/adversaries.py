@@ -56,14 +56,15 @@ def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
       rounds: that were charged.
     """
     assert plan.setting is not None
+    shared = plan.setting["noise"] == "clients"  # who adds a share of the noise can subtract it
     outside = Adversary(
-        "whoever gets the released model, and every other user",
+        "whoever gets the released model" + ("" if shared else ", and every other user"),
         "the weights of every round",
         epsilon,
         "the noise on every sum, and sampling that nobody outside the server sees",
     )
     sender = "site's sum" if plan.setting["sites"] is not None else "drawn user's vector"
-    if plan.setting["noise"] == "server":
+    if not shared:
         return [
             outside,
             Adversary("the server, where it learns sums alone", "sums, and adds the noise to them itself", None,
@@ -83,7 +84,8 @@ def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
         Adversary("the server, where it learns sums alone (secure aggregation, which is not part of this release)",
                   "sums that carry the users' noise", central,
                   f"the shares of {least} users together, in rounds that so many answer; it knows whom it drew"),
-        Adversary("the server as it is", "each drawn user's vector with that user's share of the noise", local,
+        Adversary("the server as it is, and other users, who know their own shares",
+                  "each drawn user's vector with that user's share of the noise", local,
                   f"the share alone, for a user who is drawn in all of {rounds:,} rounds"),
     ]  # fmt: skip
 
@@ -100,6 +102,6 @@ def _against_sites(plan: Plan, epsilon: float, rounds: int, sites: int) -> list[
         Adversary("the server, where it learns sums alone (secure aggregation, which is not part of this release)",
                   "sums that carry the sites' noise", epsilon,
                   f"the shares of {least} sites together, in rounds that so many answer; only a site knows its draw"),
-        Adversary("the server as it is, and every other site", "each site's sum with that site's share of the noise",
-                  local, "the share alone, and the site's own sampling"),
+        Adversary("the server as it is, and other sites, which know their own shares",
+                  "each site's sum with that site's share of the noise", local, "the share alone, and the site's own sampling"),
     ]  # fmt: skip
