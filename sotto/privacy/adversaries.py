@@ -103,5 +103,6 @@ def _against_sites(plan: Plan, epsilon: float, rounds: int, sites: int) -> list[
                   "sums that carry the sites' noise", epsilon,
                   f"the shares of {least} sites together, in rounds that so many answer; only a site knows its draw"),
         Adversary("the server as it is, and other sites, which know their own shares",
-                  "each site's sum with that site's share of the noise", local, "the share alone, and the site's own sampling"),
+                  "each site's sum with that site's share of the noise", local,
+                  "the share alone, and the site's own sampling"),
     ]  # fmt: skip
