@@ -139,9 +139,9 @@ def _replayed(run: RunDir, config: Config, model: nn.Module, latest: checkpoint.
 
 def reopen(run: RunDir, config: Config) -> Trained:
     """The trained model from the run's last checkpoint."""
-    latest, _ = checkpoint.load_latest(run.checkpoints)
-    if latest is None:
-        raise SottoError("SOT512", what="the run has no whole checkpoint left", where=str(run.checkpoints),
+    latest, damaged = checkpoint.load_latest(run.checkpoints)
+    if latest is None or damaged:  # an older one is not the model that the run ended with
+        raise SottoError("SOT512", what="the run's last checkpoint is damaged or gone", where=str(run.checkpoints),
                          why="the weights are read from it", fix="use the folder model/ of the run")  # fmt: skip
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     model = prepare(loaded.model, config.method, config.run.seed)

@@ -185,6 +185,18 @@ def test_an_edited_run_is_shown_and_resumed_or_refused(finished: Path, tmp_path:
     only_documented(lambda: sotto.show(run))
 
 
+def test_a_damaged_last_checkpoint_is_not_replaced_by_an_older_one(finished: Path, tmp_path: Path):
+    """The older one is whole, and another model than the one that the statement is about."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_runs.only_run(finished), run)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+    (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:-1] + b"!")
+    with pytest.raises(SottoError, match="SOT512"):
+        sotto.export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- messages
 
 SHAPES = {"w": (3, 2), "b": (4,)}
