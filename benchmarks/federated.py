@@ -137,7 +137,7 @@ def configuration(arguments: argparse.Namespace, folder: Path, files: dict[str, 
             "method": {"train": arguments.method, "clip_norm": arguments.clip, "lora_train": "up", "lora_rank": 4},
             "run": {"expected_batch_size": arguments.cohort, "steps": arguments.rounds,
                     "learning_rate": arguments.rate, "device": "cpu"},
-            "output": {"dir": str(folder / f"runs-{codec}"), "export": "none"},
+            "output": {"dir": str(folder / f"runs-{codec}")},
             "setting": setting,
         }
     )  # fmt: skip
