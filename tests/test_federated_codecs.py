@@ -164,8 +164,8 @@ def test_the_sum_carries_the_noise_of_the_plan_whoever_answers(answers: int, fac
     total = engine.add_up(np.arange(50), sent)
     released = Divided(50, True).privatize(total, 0)[LATENT]
     expected = z * 0.5 / 50 * factor
-    assert float(released.std()) == pytest.approx(expected, rel=6e-3)
-    assert float(released.std()) != pytest.approx(expected * 1.02, rel=6e-3)  # its twin
+    assert float(released.std()) == pytest.approx(expected, rel=7e-3)
+    assert float(released.std()) != pytest.approx(expected * 1.02, rel=7e-3)  # its twin
 
 
 def test_a_message_has_its_own_share_of_noise_and_is_right_on_average():
@@ -174,7 +174,7 @@ def test_a_message_has_its_own_share_of_noise_and_is_right_on_average():
     assert message.dtype == torch.int32
     noise = message.double() * shares.unit - vector.double()
     assert float(noise.std()) == pytest.approx(0.25, rel=1e-2)
-    assert abs(float(noise.mean())) < 4 * 0.25 / math.sqrt(100_000)
+    assert abs(float(noise.mean())) < 6 * 0.25 / math.sqrt(100_000)
     assert shares.std / shares.unit >= 64
 
 

@@ -128,8 +128,11 @@ def test_the_noise_that_leaves_has_the_calibrated_deviation() -> None:
     many = batch((4,) * 3000)
     left = mechanism.release(many, SecureNoise(), 0).rows.double() - mechanism.clipped(many).flatten(0, 1)
     drawn = (left / mechanism.std).flatten().numpy()
-    assert stats.kstest(drawn, "norm").pvalue > 1e-6
-    assert stats.kstest(drawn * 1.05, "norm").pvalue < 1e-6
+    assert stats.kstest(drawn, "norm").pvalue > 1e-7
+    spread = 7 / math.sqrt(2 * drawn.size)  # seven standard errors
+    assert float(drawn.std()) == pytest.approx(1.0, rel=spread)
+    for wrong in (0.95, 1.05):
+        assert float(drawn.std()) * wrong != pytest.approx(1.0, rel=spread)
 
 
 def test_a_broken_bottom_is_noticed_before_anything_leaves() -> None:

@@ -153,8 +153,10 @@ def test_stored_outputs_give_the_same_sums_without_the_layers(tmp_path: Path, ki
     fast = training.clipped_sum(session, units, 0)
     assert not calls, "the layers of the frozen model were run"
     torch.testing.assert_close(fast.norms, plain.norms, rtol=5e-3, atol=1e-6)
+    # Half precision is off by a share of what is added up; in a tensor of one number (a gate) much of that cancels.
+    size = float(torch.cat([value.flatten() for value in plain.gradients.values()]).norm())
     for name, value in plain.gradients.items():
-        torch.testing.assert_close(fast.gradients[name], value, rtol=2e-2, atol=2e-3 * float(value.norm()) + 1e-7)
+        torch.testing.assert_close(fast.gradients[name], value, rtol=2e-2, atol=1e-3 * size + 1e-7)
 
 
 def test_the_cache_is_private_and_gone_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
