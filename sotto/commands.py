@@ -299,7 +299,7 @@ def check(config: ConfigLike) -> DataReport:
 
 
 def ls(directory: str | Path = "runs") -> list[dict[str, Any]]:
-    """The runs in a folder: name, state, steps, epsilon."""
+    """The runs in a folder: name, state (finished, unfinished or damaged), steps, epsilon."""
     from sotto.metrics import last_step
     from sotto.rundir import RunDir
 
@@ -310,7 +310,7 @@ def ls(directory: str | Path = "runs") -> list[dict[str, Any]]:
             continue  # somebody else's plan.json
         state, done, planned = "finished" if run.finished else "unfinished", {}, {}
         try:
-            planned = run.read_json("plan.json", "steps", "delta", "not_private")
+            planned = run.read_json("plan.json")
             done = run.read_json("privacy.json") if run.finished else {}
         except SottoError:
             state = "damaged"
@@ -333,11 +333,11 @@ def show(path: str | Path) -> str:
     from sotto.rundir import RunDir
 
     run = RunDir.open(path)
-    planned = run.read_json("plan.json", "not_private")
+    planned = run.read_json("plan.json")
     if planned["not_private"]:
         return f"NOT PRIVATE: {planned['not_private']}.\nThis run has no guarantee and no statement.\n"
     if run.finished:
-        return (run.path / "statement.txt").read_text()
+        return run.read("statement.txt")
     return f"Unfinished: it has no statement yet. Continue it with: sotto resume {run.path}\n"
 
 

@@ -31,6 +31,7 @@ def evaluate_run(path: Path, data: str | None, batch_size: int) -> dict[str, flo
             "SOT520", what="there is no evaluation data", where="data.eval",
             why="a score on the training data would say nothing, and would be private", fix="--data <file>",
         )  # fmt: skip
+    run.verify_model()
     model, tokenizer = _load(run.path)
     return score(model, tokenizer, config, batch_size)
 

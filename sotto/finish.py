@@ -42,6 +42,7 @@ def finish(session: Session) -> tuple[Guarantee | None, str | None]:
     if session.config.output.export != "none":
         trained = Trained(session.model, session.tokenizer, session.config, session.plan, session.run.id)
         write_model(trained, session.run.model, session.config.output.export, privacy, words)
+        session.run.seal_model()
     if words is not None:
         session.run.write("statement.txt", words)
     activations.delete(session.run)
@@ -113,7 +114,7 @@ def export_run(path: Path, to: Path, mode: Literal["merged", "adapter"]) -> Path
         raise SottoError("SOT511", what="there is no adapter to export", where=f"method.train: {config.method.train}",
                          why="only LoRA runs have one", fix="use --mode merged")  # fmt: skip
     facts = run.read_json("privacy.json")
-    words = (run.path / "statement.txt").read_text() if facts.get("private") else None
+    words = run.read("statement.txt") if facts.get("private") else None
     write_model(reopen(run, config), to, mode, facts if facts.get("private") else None, words)
     return to
 
@@ -123,8 +124,9 @@ def finished_again(run: RunDir) -> tuple[nn.Module, dict[str, Any], str | None]:
     plan, facts = run.plan(), run.read_json("privacy.json")
     with run.locked():
         if plan.private:  # a crash may have come between the last file and the last entry
-            Ledger.open(run.read_json("private/secrets.json")["ledger"]).close_run(run.id)
-    words = (run.path / "statement.txt").read_text() if plan.private else None
+            secret = run.read_json("private/secrets.json")
+            Ledger.open(secret["ledger"]).close_run(secret["run"])
+    words = run.read("statement.txt") if plan.private else None
     return reopen(run, run.config()).model, facts, words
 
 

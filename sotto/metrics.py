@@ -41,9 +41,22 @@ class Metrics:
 
 def last_step(folder: Path) -> int:
     """The last step that was logged; 0 if there is none. A line that a crash cut short does not count."""
+    for line in reversed(_lines(folder)):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            continue  # damaged; the one before it is nearly as good, because nothing is decided by it
+    return 0
+
+
+def steps_logged(folder: Path) -> int:
+    """How many steps were taken and logged, those that were done again counted again."""
+    return len(_lines(folder))
+
+
+def _lines(folder: Path) -> list[bytes]:
     path = folder / "metrics.public.jsonl"
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    return int(json.loads(whole.rpartition(b"\n")[2])["step"]) if whole else 0
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def _append(path: Path, mode: int) -> TextIO:

@@ -4,7 +4,7 @@ runs/2026-11-22_clinic_4f1c/
   config.yaml     what ran            plan.json        the numbers derived from it
   statement.txt   the guarantee       privacy.json     the same for machines
   metrics.public.jsonl                metrics.private.jsonl  (0600)
-  private/        sampling key, dataset name in the ledger, data report (0700, never exported)
+  private/        sampling key, dataset name in the ledger, data report, seal (0700, never exported)
   checkpoints/    resumable (0700)    model/           the exported Hugging Face folder
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,9 @@ from sotto.config import Config
 from sotto.errors import SottoError, did_you_mean
 from sotto.privacy.plan import Plan
 
+SEAL = "private/seal.json"
+"""SHA-256 of every file that says what was promised or what it rests on. It finds accidents, not forgers."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -36,7 +40,8 @@ class RunDir:
 
     @property
     def id(self) -> str:
-        return self.path.name
+        """The name of the folder, whatever the path that leads to it."""
+        return self.path.resolve().name
 
     @property
     def checkpoints(self) -> Path:
@@ -74,10 +79,9 @@ class RunDir:
             new.path.mkdir()
             for folder in ("private", "checkpoints"):
                 (new.path / folder).mkdir(mode=0o700)
-            new.write("config.yaml", config_file.dump(config.to_dict()))
-            new.write("plan.json", json.dumps(plan, indent=2) + "\n")
-            for name, text in private.items():
-                new.write(f"private/{name}", text, private=True)
+            files = {f"private/{name}": text for name, text in private.items()}
+            new.write_all({"plan.json": json.dumps(plan, indent=2) + "\n", **files})
+            new._replace("config.yaml", config_file.dump(config.to_dict()))  # some of its keys may be edited
             new.path.rename(self.path)
             _sync(root)
         except BaseException as error:
@@ -93,7 +97,7 @@ class RunDir:
     def open(cls, path: str | Path) -> RunDir:
         """Opens an existing run folder."""
         run = cls(Path(path))
-        wanted = ("config.yaml", "plan.json", "private/secrets.json")
+        wanted = ("config.yaml", "plan.json", "private/secrets.json", SEAL)
         missing = [name for name in wanted if not (run.path / name).exists()]
         if missing:
             raise SottoError(
@@ -105,37 +109,87 @@ class RunDir:
     def config(self) -> Config:
         return Config.load(self.path / "config.yaml")
 
-    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
-        """The content of one of the run's files.
+    def read(self, name: str) -> str:
+        """A file that `write` wrote.
 
         Raises:
-          SottoError: SOT516, it is damaged: cannot be read, is no mapping, or lacks one of `keys`.
+          SottoError: SOT516, it is not what was written.
         """
-        try:
-            values = json.loads((self.path / name).read_text())
-            if not isinstance(values, dict) or not values.keys() >= set(keys):
-                raise ValueError("it lacks something")
-            return values
-        except (OSError, ValueError, RecursionError) as error:
-            raise SottoError(
-                "SOT516", what=f"{name} of the run is damaged: {type(error).__name__}", where=str(self.path / name),
-                why="what the run promised and did is read from it", fix="put the file back from a copy of the run",
-            ) from None  # fmt: skip
+        self.verify(name)
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The same, parsed."""
+        return json.loads(self.read(name))
 
     def plan(self) -> Plan:
         """The plan that was settled before the first step. Raises SOT516."""
-        try:
-            return Plan.from_dict(self.read_json("plan.json"))
-        except TypeError:  # a field is missing
-            return Plan.from_dict(self.read_json("plan.json", "every field of a plan"))
+        return Plan.from_dict(self.read_json("plan.json"))
+
+    def verify(self, *names: str) -> None:
+        """Compares files with the seal.
+
+        Raises:
+          SottoError: SOT516, one of them is gone, or other than it was written.
+        """
+        sums = self._seal()
+        for name in names:
+            try:
+                if name in sums and sums[name] == _sha256(self.path / name):
+                    continue
+            except OSError:
+                pass
+            raise self._damaged(name)
 
     def write(self, name: str, text: str, private: bool = False) -> None:
-        """Replaces a file in one step: readers see the old text or the new one, never half of it."""
+        """Seals and replaces a file. Readers see the old text or the new one, never half of it.
+
+        A crash in between leaves an old file under a new seal, so nothing may depend on a file that is written again.
+        """
+        self.write_all({name: text}, private)
+
+    def write_all(self, files: Mapping[str, str], private: bool = False) -> None:
+        """The same for several files, sealed together. What lies in `private/` is for the owner alone in any case."""
+        self._add_to_seal({name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()})
+        for name, text in files.items():
+            self._replace(name, text, private or name.startswith("private/"))
+
+    def seal_model(self) -> None:
+        """Seals the exported model, but for its card, which is there to be edited."""
+        files = [file for file in self.model.iterdir() if file.suffix in (".safetensors", ".json")]
+        self._add_to_seal({f"model/{file.name}": _sha256(file) for file in files})
+
+    def verify_model(self) -> None:
+        """Compares the exported model with the seal. Raises SOT516."""
+        self.verify(*(name for name in self._seal() if name.startswith("model/")))
+
+    def _seal(self) -> dict[str, str]:
+        try:
+            sums, check = json.loads((self.path / SEAL).read_text(encoding="utf-8"))
+            if check == _check(sums):
+                return sums
+        except (OSError, ValueError, TypeError, RecursionError):
+            pass
+        raise self._damaged(SEAL)
+
+    def _add_to_seal(self, sums: Mapping[str, str]) -> None:
+        both = {**(self._seal() if (self.path / SEAL).exists() else {}), **sums}
+        (self.path / "private").mkdir(mode=0o700, exist_ok=True)
+        self._replace(SEAL, json.dumps([both, _check(both)], indent=1) + "\n", private=True)
+
+    def _damaged(self, name: str) -> SottoError:
+        return SottoError(
+            "SOT516", what=f"{name} is not what was written", where=str(self.path),
+            why="the guarantee rests on the files of the run, and this one is damaged, gone, or was edited",
+            fix="restore it from a backup; if there is none, start a new run: what this one spent stays in the ledger",
+        )  # fmt: skip
+
+    def _replace(self, name: str, text: str, private: bool = False) -> None:
         target = self.path / name
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
         try:
-            with os.fdopen(descriptor, "w") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -158,6 +212,15 @@ class RunDir:
                     fix="wait for it, or stop it and run 'sotto resume' again",
                 ) from None  # fmt: skip
             yield
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(sums: Any) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -43,8 +43,9 @@ from sotto.privacy.mechanism import (
     LaplaceMechanism,
 )
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
-from sotto.privacy.plan import Plan, federated_facts, make_plan
+from sotto.privacy.plan import Plan, make_plan
 from sotto.rundir import RunDir, require_writable
+from sotto.settled import SETTLED, require_known_steps, require_same_configuration, require_same_name, settle
 from sotto.training import Mechanism, Session, check_gradients
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.directions import new_key
@@ -172,16 +173,18 @@ def start(
     directions_key = new_key() if debug is None else hashlib.blake2b(f"directions {debug}".encode()).hexdigest()[:32]
     parts = change(load_parts(config, directions_key, carrier))
     key = secrets.token_bytes(16) if debug is None else hashlib.blake2b(str(debug).encode(), digest_size=16).digest()
+    run = RunDir.planned(config, stem)
     secret = {
+        "run": run.id,
         "sampling_key": key.hex(),
         "ledger": ledger_id(config, parts.data.fingerprint),
         "data": _digest(parts.data),
         "elsewhere": carrier is not None,
     }
-    session = _assemble(config, plan, RunDir.planned(config, stem), parts, secret)
+    session = _assemble(config, plan, run, parts, secret)
     check_gradients(session)
     report = json.dumps(parts.data.report.to_dict(), indent=2)
-    private_files = {"secrets.json": json.dumps(secret), "data_report.json": report}
+    private_files = {"secrets.json": json.dumps(secret), "data_report.json": report, SETTLED: settle(config)}
     session.run.create(config, plan.to_dict() | {DIRECTIONS: directions_key}, private_files)
     try:
         session.held.enter_context(session.run.locked())
@@ -205,6 +208,7 @@ def _open_budget(session: Session, secret: dict[str, str]) -> LedgerBudget | NoB
         return NoBudget()
     ledger = Ledger.open(secret["ledger"])
     known = run_id in ledger.runs
+    require_known_steps(session.run, session.step, ledger)
     try:
         ledger.open_run(
             run_id, plan.event, plan.total_steps, delta=plan.delta, neighboring_relation=plan.neighboring_relation
@@ -257,15 +261,16 @@ def _resume(run: RunDir, carrier: Carrier | None) -> Session:
     require_one_loop(config)
     plan = run.plan()
     _require_board(config)
-    _require_same_plan(config, plan, run)
+    require_same_configuration(config, run)
     secret = run.read_json("private/secrets.json")
-    if secret.get("elsewhere", False) != (carrier is not None):
+    require_same_name(run, secret)
+    if secret["elsewhere"] != (carrier is not None):
         raise SottoError(
             "SOT934", what="the users of this run are not where this command would look", where=str(run.path),
             why="a run that asks devices over a network goes on over it, and a simulation in one process",
             fix="'sotto resume RUN' for a simulation; 'flwr run APP --run-config resume=RUN' for the other",
         )  # fmt: skip
-    parts = load_parts(config, run.read_json("plan.json").get(DIRECTIONS, ""), carrier)
+    parts = load_parts(config, run.read_json("plan.json")[DIRECTIONS], carrier)
     if _digest(parts.data) != secret["data"]:
         raise SottoError(
             "SOT507", what="the training data has changed since the run began", where=config.data.train,
@@ -281,36 +286,6 @@ def _resume(run: RunDir, carrier: Carrier | None) -> Session:
         check_gradients(session)
     session.budget = _open_budget(session, secret)
     return session
-
-
-def _require_same_plan(config: Config, plan: Plan, run: RunDir) -> None:
-    """Refuses a configuration that was edited after the run began: statement and noise come from the plan."""
-    privacy, training, method = config.privacy, config.run, config.method
-    stated = {
-        "privacy.unit": (privacy.unit, plan.unit),
-        "privacy.num_units": (privacy.num_units, plan.num_units),
-        "privacy.max_examples_per_unit": (privacy.max_examples_per_unit, plan.max_examples_per_unit),
-        "privacy.neighboring_relation": (privacy.neighboring_relation, plan.neighboring_relation),
-        "privacy.epsilon": (privacy.epsilon if privacy.private else None, plan.epsilon),
-        "privacy.delta": (privacy.delta, plan.delta),
-        "run.expected_batch_size": (training.expected_batch_size, plan.expected_batch_size),
-        "run.steps": (config.steps, plan.steps),
-        "run.spare_steps": (config.spare_steps if privacy.private else 0, plan.spare_steps),
-        "run.debug_noise_seed": (config.not_private, plan.not_private),
-        "method.clip_norm": (method.clip_norm, plan.clip_norm),
-        "method.clipping": (method.clipping, plan.clipping),
-        "method.gradient: layerwise": (method.gradient == "layerwise", plan.layerwise),
-        "method.gradient: zeroth_order": (method.probes, plan.probes),
-        "method.zeroth_noise": ("laplace" if method.laplace else "gaussian", plan.noise),
-        "setting": (federated_facts(config), plan.setting),
-    }
-    for key, (now, then) in stated.items():
-        if now != then:
-            raise SottoError(
-                "SOT514", what=f"{key} is not what it was when the run began", where=str(run.path / "config.yaml"),
-                why="the guarantee of a run follows from its plan, which is settled before the first step",
-                fix="restore the value, or start a new run with the new one",
-            )  # fmt: skip
 
 
 def _digest(data: LoadedData) -> str:

@@ -78,7 +78,7 @@ def test_one_process_at_a_time(config: Config) -> None:
         pass
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "plan.json", "private/secrets.json"])
+@pytest.mark.parametrize("missing", ["config.yaml", "plan.json", "private/secrets.json", "private/seal.json"])
 def test_a_folder_that_lacks_something_is_not_a_run(config: Config, missing: str) -> None:
     run = create(config)
     (run.path / missing).unlink()

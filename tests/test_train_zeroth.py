@@ -20,6 +20,7 @@ from sotto.privacy import accounting
 from sotto.privacy.events import PoissonLaplace
 from sotto.privacy.mechanism import LaplaceMechanism
 from sotto.privacy.plan import make_plan
+from sotto.rundir import RunDir
 from sotto.zeroth_order.engine import ZerothOrder
 from sotto.zeroth_order.pruning import masks
 from sotto.zeroth_order.release import NAME
@@ -92,9 +93,8 @@ def test_checkpoints_hold_numbers_and_no_weights_and_export_replays_them(tmp_pat
     again = sotto.export(done.path, tmp_path / "elsewhere")
     tiny_runs.assert_same(sotto.load(done.path / "model").state_dict(), sotto.load(again).state_dict())
     assert sotto.resume(done.path).finished
-    plan = done.path / "plan.json"
-    facts = json.loads(plan.read_text())
-    plan.write_text(json.dumps({**facts, sessions.DIRECTIONS: "00" * 16}))
+    run = RunDir.open(done.path)
+    run.write("plan.json", json.dumps({**run.read_json("plan.json"), sessions.DIRECTIONS: "00" * 16}))  # and sealed
     with pytest.raises(SottoError) as caught:
         sotto.export(done.path, tmp_path / "third")
     assert caught.value.code == "SOT656"

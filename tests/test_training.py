@@ -520,7 +520,8 @@ def test_private_files_are_for_the_owner_alone(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     for folder in ("private", "checkpoints"):
         assert stat.S_IMODE((done.path / folder).stat().st_mode) == 0o700
-    assert {path.name for path in (done.path / "private").iterdir()} == {"secrets.json", "data_report.json", "lock"}
+    names = {"secrets.json", "data_report.json", "settled.json", "seal.json", "lock"}
+    assert {path.name for path in (done.path / "private").iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", tiny_runs.KINDS)
