@@ -40,7 +40,7 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 fuzz: install
-	SOTTO_FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest tests/test_fuzz.py
+	SOTTO_FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest tests/test_fuzz.py tests/test_fuzz_files.py
 
 crash: install
 	cd tests && ../$(BIN)/python crash.py --kills $(or $(KILLS),200)

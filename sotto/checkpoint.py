@@ -78,7 +78,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in _newest_first(folder):
         try:
             return _load(path), damaged
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError):
             damaged.append(path.name)
     return None, damaged
 

@@ -42,6 +42,16 @@ class Source:
         return f"{self.name} ({'.'.join(path)})" if path else self.name
 
 
+_UNREADABLE = (yaml.YAMLError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What PyYAML raises: its own errors, and what Python raises inside it for `!!int ''`, deep nesting or long numbers."""
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, yaml.YAMLError):
+        return "syntax error"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a value is not of the type it claims"
+
+
 class _Loader(yaml.SafeLoader):
     pass
 
@@ -85,11 +95,11 @@ def load(cls: type[M], path: Path, overrides: list[str] | tuple[str, ...] = ()) 
         if node is not None:
             _index_lines(node, (), source)
         values = loader.construct_document(node) if node is not None else None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except _UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         raise SottoError(
             "SOT101",
-            what=f"the file is not valid YAML: {getattr(error, 'problem', None) or 'syntax error'}",
+            what=f"the file is not valid YAML: {getattr(error, 'problem', None) or _problem(error)}",
             where=f"{path}:{mark.line + 1}" if mark else str(path),
             why="nothing can be read from it",
             fix="correct the line; 'sotto init' writes a valid example",
@@ -110,7 +120,8 @@ def load(cls: type[M], path: Path, overrides: list[str] | tuple[str, ...] = ()) 
 
 def _read(path: Path) -> str:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # a device has no end
     except OSError as error:
         nearby = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         raise SottoError(
@@ -121,7 +132,7 @@ def _read(path: Path) -> str:
             fix="check the path, or write one with 'sotto init'",
         ) from None
     if len(raw) > MAX_BYTES:
-        raise SottoError("SOT101", what=f"the file is {len(raw)} bytes long", where=str(path),
+        raise SottoError("SOT101", what=f"the file is longer than {MAX_BYTES} bytes", where=str(path),
                          why="a configuration is at most 1 MiB", fix="is this the data file?")  # fmt: skip
     try:
         return raw.decode("utf-8")
@@ -168,7 +179,7 @@ def override(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> 
             )
         try:
             value = yaml.load(raw, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-        except (yaml.YAMLError, RecursionError, ValueError):
+        except _UNREADABLE:
             value = raw
         target = result.setdefault(section, {})
         if not isinstance(target, dict):

@@ -275,3 +275,16 @@ def test_the_same_bytes_are_read_in_every_epoch(tmp_path: Path) -> None:
     first = [sent.batch([e])[0] for e in range(12)]
     for _ in range(3):
         assert all(torch.equal(sent.batch([e])[0], first[e]) for e in range(12))
+
+
+@pytest.mark.parametrize("name", ["note", "about", "manifest"])
+def test_a_stored_release_whose_notes_are_damaged_is_not_drawn_again(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "out")
+    (note, *_), others = (
+        sorted((tmp_path / "out").glob("*0.json")),
+        {"about": "about.json", "manifest": "manifest.json"},
+    )
+    path = note if name == "note" else tmp_path / "out" / others[name]
+    for content in (b"[" * 100_000, b"\xff", b"{}", b'{"examples": 1}'):
+        path.write_bytes(content)
+        assert code(fill, tmp_path / "out") in ("SOT822", "SOT823")

@@ -102,6 +102,8 @@ def _tensor(file: Path, name: str, entry: Any) -> tuple[TensorHeader, tuple[int,
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise _corrupt(file, f"tensor '{shown}' has a shape or offsets that are not whole numbers")
     header = TensorHeader(dtype, tuple(shape))
+    if math.prod(max(size, 1) for size in shape) >= 2**60:  # its zeros hide a stride that no library can count to
+        raise _corrupt(file, f"tensor '{shown}' has a shape that no machine could hold")
     if (offsets[1] - offsets[0]) * 8 != header.numel * _BITS[dtype]:
         raise _corrupt(
             file, f"tensor '{shown}' spans {offsets[1] - offsets[0]} bytes, which is not its shape times its type"

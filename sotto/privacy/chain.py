@@ -200,7 +200,7 @@ class Chain:
 def _parse(line: bytes) -> Entry | None:
     try:
         value: object = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return cast(Entry, value) if isinstance(value, dict) else None
 

@@ -54,7 +54,7 @@ class Outbox:
             _own_folder(folder)
             if not (folder / ABOUT).exists():
                 write_private(folder / ABOUT, text.encode())
-            if (folder / ABOUT).read_text() != text:
+            if (folder / ABOUT).read_bytes() != text.encode():
                 raise SottoError(
                     "SOT822", what="the folder holds the release of other data, or with other settings",
                     where=str(folder), why="a second release of the same texts tells more than one; it must be meant",
@@ -66,7 +66,7 @@ class Outbox:
                 write_private(folder / MANIFEST, manifest.to_json().encode())
         except OSError as error:
             raise _disk(folder, error) from error
-        if (folder / MANIFEST).read_text() != manifest.to_json():
+        if (folder / MANIFEST).read_bytes() != manifest.to_json().encode():
             raise damaged(folder / MANIFEST)
         return cls(folder, manifest)
 
@@ -85,7 +85,10 @@ def _stored_or_new(
     path = folder / _name(index)
     note = path.with_suffix(".json")
     if note.exists():
-        facts = PieceFacts(**json.loads(note.read_text()))
+        try:
+            facts = PieceFacts(**json.loads(note.read_text()))
+        except (ValueError, TypeError, RecursionError):
+            raise damaged(note) from None
         # Not drawn again: a damaged piece may have been sent already.
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != facts.sha256:
             raise damaged(path)
@@ -123,7 +126,7 @@ class Inbox:
         try:
             _own_folder(folder)
             if (folder / MANIFEST).exists():
-                if (folder / MANIFEST).read_text() != manifest.to_json():
+                if (folder / MANIFEST).read_bytes() != manifest.to_json().encode():
                     wire.refuse("another upload has begun here", "manifest")
             else:
                 write_private(folder / MANIFEST, manifest.to_json().encode())
