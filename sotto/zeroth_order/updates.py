@@ -6,9 +6,9 @@ noise of deviation s on each weight, whatever K is. SGD, momentum and AdamW on i
 (`presets`, DP-ZOPO): each halves the rate, and pulls the weights towards where it began.
 
 The start, the key of the directions and the log of all g determine the weights: a checkpoint is the log, 4 K bytes a
-step. Replaying it gives the same bits on every device and under every sharding. A g is rounded to float32 first, so
-that its products with entries of directions are exact in float64; sums over k have one order; each further operation is
-one that IEEE 754 rounds in one way, and none is fused with another. What is kept between steps is float32.
+step. Replaying it gives the same bits on every device and under every sharding: sums over k have one order, and every
+operation, in the type of the weights, is one that IEEE 754 rounds in one way. None is fused with another, and nothing
+is divided by a number that is the same for all entries, because GPUs multiply with its reciprocal instead.
 
 No gradient is ever whole: weights are updated a chunk at a time, so SGD needs no memory that grows with the model.
 """
@@ -88,43 +88,41 @@ class Updates:
                     flat["anchor"] = self.anchor[name].view(-1)
                 for start in range(0, parameter.numel(), directions_module.CHUNK):
                     at = slice(start, min(start + directions_module.CHUNK, parameter.numel()))
-                    gradient = self._gradient(name, step, g_K, at, parameter.device)
+                    gradient = self._gradient(name, step, g_K, at, parameter)
                     self._apply(parameter.view(-1)[at], gradient, {k: x[at] for k, x in flat.items()}, step)
             decay = min(self.run.ema_decay, (1 + step) / (10 + step))
             for name, average in self.ema.items():
-                missing = self.parameters[name].double().sub(average)
-                average.copy_(average.double().add(missing.mul_(1 - decay)))
+                average.add_(self.parameters[name].sub(average).mul_(1 - decay))
 
-    def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, device: torch.device) -> torch.Tensor:
-        """(e,) float64 elements of sum_k g_k u_k / sqrt(K)."""
-        total = torch.zeros(at.stop - at.start, dtype=torch.float64, device=device)
-        for k, g in enumerate(g_K.tolist()):
-            total.add_(self.directions.slice(name, step, k, at.start, at.stop, device).double(), alpha=g)
-        return total.div_(math.sqrt(self.directions.count))
+    def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
+        """(e,) elements of sum_k g_k u_k / sqrt(K)."""
+        total = None
+        for k, g in enumerate(g_K.double().div(math.sqrt(self.directions.count)).tolist()):
+            part = self.directions.slice(name, step, k, at.start, at.stop, like.device).to(like.dtype).mul_(g)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
-        """One chunk, in float64, rounded once. Each line is one operation, so that no device fuses two of them."""
+        """One chunk. Each line is one operation, so that no device fuses two of them."""
         rate, run = learning_rate(self.run, step, self.steps), self.run
         rate *= 0.5 ** (sum(start <= step for start in self.stage_starts) - 1)
-        new = weights.to(torch.float64, copy=True)
         if self.anchor:
-            gradient.add_(new.sub(state["anchor"].double()).mul_(self.preset.proximal))
+            gradient.add_(weights.sub(state["anchor"]).mul_(self.preset.proximal))
         if run.optimizer == "adamw":
-            new.mul_(1 - rate * run.weight_decay)
+            if run.weight_decay:
+                weights.mul_(1 - rate * run.weight_decay)
             first = _blend(state["exp_avg"], gradient, BETAS[0])
             second = _blend(state["exp_avg_sq"], gradient.square(), BETAS[1])
-            size = second.div_(1 - BETAS[1] ** (step + 1)).sqrt_()
-            size.add_(EPS)
-            change = first.div_(1 - BETAS[0] ** (step + 1)).div_(size)
+            size = second.mul(1 / (1 - BETAS[1] ** (step + 1))).sqrt_()
+            change = first.mul(1 / (1 - BETAS[0] ** (step + 1))).div_(size.add_(EPS))
         else:
             if run.weight_decay:
-                gradient.add_(new.mul(run.weight_decay))
+                gradient.add_(weights.mul(run.weight_decay))
             change = gradient
             if run.momentum:
-                change = gradient.add_(state["momentum"].double().mul(run.momentum))
-                state["momentum"].copy_(change)
-        new.sub_(change.mul_(rate))
-        weights.copy_(new)
+                change = state["momentum"].mul_(run.momentum).add_(gradient).clone()
+        weights.sub_(change.mul_(rate))
 
     def final_weights(self) -> dict[str, torch.Tensor]:
         """What the run releases: the moving average if there is one, else the last weights."""
@@ -176,8 +174,5 @@ class Updates:
 
 
 def _blend(held: torch.Tensor, new: torch.Tensor, keep: float) -> torch.Tensor:
-    """Moves what is held towards `new` and returns it in float64, rounded as it is held."""
-    blended = held.double().mul(keep)
-    blended.add_(new.mul(1 - keep))
-    held.copy_(blended)
-    return held.to(torch.float64, copy=True)
+    """Moves what is held towards `new`, and returns what is held."""
+    return held.mul_(keep).add_(new.mul(1 - keep))

@@ -301,7 +301,19 @@ def thresholds_are_forgotten_in_a_checkpoint(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_resume.py::test_a_configuration_that_was_edited_is_refused[delta", 18)
 def a_resumed_run_believes_its_edited_configuration(m: pytest.MonkeyPatch) -> None:
     """The plan of a run and its configuration may differ."""
-    m.setattr(sessions, "_require_same_plan", lambda config, plan, run: None)
+    m.setattr(sessions, "require_same_configuration", lambda config, run: None)
+
+
+@caught_by("test_damage.py::test_another_ledger_is_refused", 18)
+def a_resumed_run_believes_any_ledger(m: pytest.MonkeyPatch) -> None:
+    """Steps that another folder of ledgers has charged are charged nowhere in this one."""
+    m.setattr(sessions, "require_known_steps", lambda run, step, ledger: None)
+
+
+@caught_by("test_damage.py::test_a_renamed_folder_is_refused", 18)
+def a_renamed_run_is_another_run(m: pytest.MonkeyPatch) -> None:
+    """The ledger does not know what it has spent."""
+    m.setattr(sessions, "require_same_name", lambda run, secret: None)
 
 
 # ---- 20: several runs

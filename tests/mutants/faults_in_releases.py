@@ -242,7 +242,7 @@ def a_noise_source_can_be_pickled(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_training.py::test_private_files_are_for_the_owner_alone", 28)
 def the_sampling_key_can_be_read_by_all(m: pytest.MonkeyPatch) -> None:
     """private/secrets.json has the mode of public files."""
-    wrapped(m, rundir.RunDir, "write", lambda right, self, name, text, private=False: right(self, name, text))
+    wrapped(m, rundir.RunDir, "_replace", lambda right, self, name, text, private=False: right(self, name, text))
 
 
 @caught_by("test_training.py::test_a_run_that_is_not_private_says_so_everywhere[debug_noise_seed", 28)
