@@ -185,7 +185,7 @@ def override(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> 
         if not isinstance(target, dict):
             raise SottoError("SOT103", what=f"'{section}' is not a section", where=f"--set {item}",
                              why="its value in the file is not a mapping", fix="correct the file first")  # fmt: skip
-        if section == "run" and name in ("steps", "epochs"):
+        if section == "run" and name in ("steps", "epochs") and value is not None:
             target.pop("epochs" if name == "steps" else "steps", None)
         target[name] = value
     return result

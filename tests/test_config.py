@@ -122,6 +122,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert changed.privacy.epsilon == "none"
     assert make().with_overrides(["run.learning_rate=1e-2"]).run.learning_rate == 0.01
     assert Config.load(path, ["run.epochs=2"]).run.steps is None, "steps and epochs replace each other"
+    assert Config.load(path, ["run.steps=7", "run.epochs=null"]).run.steps == 7, "nothing replaces nothing"
     assert Config.load(path, ["data.text=a=b"]).data.text == "a=b"
     assert make() == Config.load(path), "an override changes nothing but its own copy"
 
