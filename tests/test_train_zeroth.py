@@ -20,6 +20,7 @@ from sotto.privacy import accounting
 from sotto.privacy.events import PoissonLaplace
 from sotto.privacy.mechanism import LaplaceMechanism
 from sotto.privacy.plan import make_plan
+from sotto.report import plan_text
 from sotto.rundir import RunDir
 from sotto.zeroth_order.engine import ZerothOrder
 from sotto.zeroth_order.pruning import masks
@@ -258,3 +259,26 @@ def test_what_cannot_be_is_refused(tmp_path: Path, sections: dict[str, Any], wor
     asked = {"gradient": "zeroth_order", "zeroth_probes": 3} | sections.pop("method")
     with pytest.raises(SottoError, match=words):
         tiny_runs.config(tmp_path, method=asked, **sections)
+
+
+# ---- what a plan says
+
+
+def said(folder: Path, run: dict[str, Any], **method: Any) -> str:
+    asked = {"gradient": "zeroth_order", "train": "full", **method}
+    return plan_text.render(sotto.plan(tiny_runs.config(folder, method=asked, run={"steps": 2, **run})))
+
+
+def test_a_plan_says_when_a_step_is_more_noise_than_signal(tmp_path: Path):
+    """The bound is rigorous: the mean of vectors no longer than C is no longer than C, and the noise is known."""
+    planned = sotto.plan(tiny_runs.config(tmp_path, method={"gradient": "zeroth_order", "train": "full"}))
+    longest = planned.expected_batch_size / planned.noise_multiplier / planned.probes**0.5
+    assert f"at most {longest:.1f} times its noise" in plan_text.render(planned)
+    assert "more noise than signal" not in said(tmp_path, {}, zeroth_probes=1)
+    assert "more noise than signal" in said(tmp_path, {"steps": 900, "expected_batch_size": 1}, zeroth_probes=64)
+
+
+def test_a_plan_says_when_too_few_directions_are_looked_at(tmp_path: Path):
+    assert "2 directions of" in said(tmp_path, {}, zeroth_probes=1)
+    assert "directions of" not in said(tmp_path, {"steps": 10}, zeroth_probes=100)
+    assert "directions of" not in said(tmp_path, {}, zeroth_probes=64, train="head"), "more than there are weights"

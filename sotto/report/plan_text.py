@@ -8,6 +8,9 @@ from sotto.privacy.plan import Alternative, Plan
 from sotto.report.memory_text import PARTS
 
 GIB = 1024**3
+FEW_LOOKS = 1000
+"""Steps times directions below which a plan warns: a tenth of the shortest published runs (DPZero, Zhang et al. 2024,
+arXiv:2310.09639: 10,000 steps; MeZO, Malladi et al. 2023, arXiv:2305.17333: 20,000), which start from prompts."""
 
 
 def render(plan: Plan) -> str:
@@ -58,14 +61,34 @@ def _budget(plan: Plan) -> list[str]:
         + (f"; {round_up(plan.epsilon_at(plan.steps, plan.delta))} at delta {plan.delta:g}" if plan.pure else ""),
         f"{'':<16} {round_up(plan.unamplified_epsilon or 0.0)} if batches were passes in an order that is known",
     ]
-    if plan.probes:
-        forwards = 2 * plan.probes * plan.steps * plan.expected_batch_size
-        lines.append(
-            f"probes           {plan.probes} directions in a step: about {forwards:,} forward passes of an example"
-        )
+    lines += _probes(plan) if plan.probes else []
     if plan.delta >= 1 / plan.num_units and not plan.pure:
         lines.append(
             f"WARNING          delta is not below 1/{plan.num_units:,}: publishing one unit's text would satisfy it"
+        )
+    return lines
+
+
+def _probes(plan: Plan) -> list[str]:
+    """What a zeroth-order run looks at, and whether it can learn from that.
+
+    A unit's K numbers are no longer than the clip norm together, so neither is their mean; the noise is known. With
+    fewer looks than weights a run learns only what lies in the few dimensions it has seen.
+    """
+    forwards, looks = 2 * plan.probes * plan.steps * plan.expected_batch_size, plan.probes * plan.steps
+    longest = plan.expected_batch_size / (plan.noise_multiplier * (plan.probes if plan.pure else plan.probes**0.5))
+    lines = [
+        f"probes           {plan.probes} directions in a step: about {forwards:,} forward passes of an example",
+        f"{'':<16} the signal of a step is at most {longest:,.{0 if longest > 9 else 1}f} times its noise",
+    ]
+    if longest < 1:
+        lines.append("WARNING          a step is more noise than signal, even if all units agree: take a larger batch, "
+                     "or fewer probes")  # fmt: skip
+    trained = (plan.memory or {}).get("trainable", 0)
+    if looks < min(FEW_LOOKS, trained):
+        lines.append(
+            f"WARNING          {looks:,} directions of {trained:,} dimensions: published runs take 10,000 and more. "
+            "Take more steps or probes, or train fewer weights"
         )
     return lines
 
