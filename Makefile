@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait sleep instead of spinning: several times faster where other programs want the cores too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test lint types unit test-slow fuzz crash test-gpu format clean
+.PHONY: install demo test lint types unit test-slow fuzz crash test-gpu sbom vulnerabilities format clean
 
 install: $(VENV)/.installed
 
@@ -48,9 +48,23 @@ crash: install
 test-gpu: install
 	$(BIN)/pytest -m gpu
 
+# The tools have a virtual environment of their own, so that what they list is what Sotto needs and nothing else.
+.venv-tools/.installed: requirements-tools.txt
+	@$(PYTHON) -m venv .venv-tools
+	@.venv-tools/bin/pip install --quiet --disable-pip-version-check -r requirements-tools.txt
+	@touch $@
+
+# Every installed package with version, licence and origin, as CycloneDX JSON.
+sbom: install .venv-tools/.installed
+	.venv-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON -o sbom.json $(BIN)/python
+
+# Known vulnerabilities of what is installed. Asks the vulnerability service of PyPI over the network.
+vulnerabilities: install .venv-tools/.installed
+	.venv-tools/bin/pip-audit --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tools .pytest_cache .ruff_cache sbom.json
