@@ -67,9 +67,30 @@ def trainable_parameters(facts: ModelFacts, config: Config) -> int:
         trained = sum(a if method.lora_train == "up" else a + b for a, b in blocks)
         return head + round(share * method.lora_rank * trained)
     if kind == "side":
-        width, layers = facts.hidden_size / method.side_reduction, facts.num_layers / method.side_every
-        return head + round(facts.hidden_size * width * (layers + 2) + layers * 12 * width**2)
+        vectors = sum(t.shape[0] for name, t in facts.tensors.items()
+                      if len(t.shape) == 1 and not any(w in name for w in (*not_adapted, "pooler")))  # fmt: skip
+        return head + _side_parameters(facts, config, sum(a * b for a, b in blocks), vectors)
     return facts.parameters + head
+
+
+def _side_width(facts: ModelFacts, config: Config) -> int:
+    """As `models.side_blocks.side_width`: whole heads, or whole groups of heads that share keys."""
+    heads = facts.num_heads or 1
+    group = heads // (facts.config.get("num_key_value_heads") or heads)
+    return facts.hidden_size * max(1, round(heads / config.method.side_reduction / group)) * group // heads
+
+
+def _side_parameters(facts: ModelFacts, config: Config, matrices: int, vectors: int) -> int:
+    """Ladders, narrow layers and the way back up. Exact with `light` blocks.
+
+    Args:
+      matrices, vectors: how many weights of the model's layers stand in matrices, and in biases and norms.
+    """
+    d, s, layers = facts.hidden_size, _side_width(facts, config), -(-facts.num_layers // config.method.side_every)
+    light = 4 * s * s + 5 * s
+    narrow = (matrices * s / d + vectors) * s / d / max(1, facts.num_layers)
+    each = light if config.method.side_block == "light" else round(narrow)
+    return (layers + 1) * (d + 1) * s + layers * (each + 1) + 2 * s + (s + 1) * d
 
 
 def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> MemoryEstimate:

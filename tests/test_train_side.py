@@ -12,11 +12,12 @@ import tiny_runs
 import torch
 
 import sotto
-from sotto import activations, checkpoint, training
+from sotto import activations, checkpoint, memory_estimate, training
 from sotto import session as sessions
 from sotto.config import Config
 from sotto.errors import SottoError
 from sotto.models.load import load_model
+from sotto.models.source import inspect
 from sotto.models.trainable import describe, prepare
 
 SIDE = {"train": "side", "side_reduction": 2}
@@ -106,6 +107,19 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(tmp_path: Path, metho
     latest, _ = checkpoint.load_latest(done.path / "checkpoints")
     assert latest is not None
     assert set(latest.weights) == set(trained["names"])
+
+
+@pytest.mark.parametrize("block", ["layer", "light"])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_plan_counts_what_is_trained(tmp_path: Path, kind: str, every: int, block: str):
+    """From shapes alone: exactly for light blocks, and but for a few biases and norms for layers of the model's own."""
+    method = {**SIDE, "side_block": block, "side_every": every}
+    config = tiny_runs.config(tmp_path, kind, method=method)
+    model = prepare(load_model(config.model, config.data, config.method, 0).model, config.method)
+    facts = inspect(Path(config.model.name))
+    counted = memory_estimate.trainable_parameters(facts, config)
+    assert counted == pytest.approx(describe(model)["trainable"], rel=1e-12 if block == "light" else 0.05)
 
 
 def test_nothing_private_is_in_the_start(tmp_path: Path):
