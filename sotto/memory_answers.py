@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 VALUE = "_sotto_value"
 """Attribute of a tensor whose elements are all alike: their value. (Weak references would keep modules from moving.)"""
+ENDS = "_sotto_ends"
+"""Attribute of token ids of whole texts, and of masks made by comparing them: every row has one end-of-text token."""
 _KEEP_ZERO = frozenset({"linalg_vector_norm", "neg", "abs", "pow", "sqrt"})
 _MOVE = """view _unsafe_view reshape expand select slice index clone _to_copy detach alias squeeze unsqueeze t transpose
     permute split unbind expand_as repeat cat stack"""
@@ -44,6 +46,8 @@ class Answers:
             if name in ("zero_", "fill_"):
                 setattr(args[0], VALUE, 0 if name == "zero_" else self.of(args[1]))
             return
+        if name in ("index", "_to_copy", "slice", "clone", "detach", "eq") and args and hasattr(args[0], ENDS):
+            setattr(out, ENDS, True)
         for x in out if isinstance(out, tuple | list) else (out,):
             value = self._value(name, args, x) if is_empty(x) and args else None
             if value is not None:

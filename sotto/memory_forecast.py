@@ -24,6 +24,7 @@ from sotto.config import Config
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.self_check import verify
 from sotto.losses import autocast, forward_losses
+from sotto.memory_answers import ENDS
 from sotto.memory_trace import PARTS, NotAlike, Recorder, Segment, extended, highest, pretend
 from sotto.models import skeleton
 from sotto.models.load import build_config
@@ -298,8 +299,13 @@ class _Run:
 
 def _batch(model: nn.Module, config: Config, device: torch.device, rows: int) -> dict[str, torch.Tensor]:
     """Examples of `data.max_length` tokens, of which the last is padding, so that it has to be masked."""
-    length, vocabulary = config.data.max_length, model.config.get_text_config().vocab_size  # type: ignore[union-attr]
-    ids_BT = (torch.arange(rows * length, device=device) * 7 + 3).remainder(vocabulary).view(rows, length)
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    length = config.data.max_length
+    ids_BT = (torch.arange(rows * length, device=device) * 7 + 3).remainder(text.vocab_size).view(rows, length)
+    if text.is_encoder_decoder:  # its classifiers look for the end of the text
+        ids_BT[ids_BT == text.eos_token_id] = text.vocab_size - 1
+        ids_BT[:, -1] = text.eos_token_id
+        setattr(ids_BT, ENDS, True)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[:, -1] = 0
     labels = ids_BT if config.data.task == "generation" else torch.zeros(rows, dtype=torch.long, device=device)

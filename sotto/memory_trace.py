@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sotto.memory_answers import VALUE, Answers, is_empty
+from sotto.memory_answers import ENDS, VALUE, Answers, is_empty
 
 aten: Any = torch.ops.aten
 
@@ -319,6 +319,7 @@ class Recorder(TorchDispatchMode):
         if not is_empty(mask):
             return list(torch.nonzero(mask).unbind(1))
         rows = 0 if self._answers.of(mask) is False else mask.numel()
+        rows = len(mask) if hasattr(mask, ENDS) else rows
         return list(mask.new_zeros((rows, mask.dim()), dtype=torch.long).unbind(1))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import BartConfig, BertConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 
 import sotto
 from sotto import memory_budget, training
@@ -266,6 +266,28 @@ def test_the_table_knows_every_method(tmp_path: Path, monkeypatch: pytest.Monkey
     text = memory_text.render(table)
     assert "lora" in text
     json.dumps(table.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "gradient", "train"),
+    [*(("bert", "zeroth_order", train) for train in ("lora", "side", "reversible")),
+     *(("bart", "book_keeping", train) for train in ("lora", "side", "reversible"))],
+)  # fmt: skip
+def test_a_row_of_a_model_with_a_large_table(tmp_path: Path, kind: str, gradient: str, train: str) -> None:
+    """Large enough for tensors without data; with adapters above a frozen layer, and an encoder-decoder."""
+    config = config_only(tmp_path, "bert", 2, train, gradient, microbatch_size=2)
+    config = config.with_overrides(["method.lora_layers=[1]"] if kind == "bert" and "side" not in train else [])
+    large: Any = BertConfig(**{**DEEP, "vocab_size": 40_000}, num_hidden_layers=2)
+    if kind == "bart":
+        large = BartConfig(vocab_size=40_000, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
+                           decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4)  # fmt: skip
+    (tmp_path / "config.json").write_text(large.to_json_string(use_diff=False))
+    row = memory_budget._row(config, CPU, train, gradient, 2, memory_budget.Budget.of(config, CPU))
+    if kind == "bart" and train == "reversible":
+        assert row.refused.startswith("SOT340")
+    else:
+        assert row.forecast is not None, row.refused
+        assert row.forecast.peak > 4 * 40_000 * 32
 
 
 def test_a_row_that_cannot_be_trained_says_why(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitfit": {"train": "bitfit", "clipping": "automatic"},
     "adaptive": {"clipping": "adaptive"},
     "side": {"train": "side", "side_reduction": 2},
+    "reversible": {"train": "reversible", "lora_layers": [1]},
 }
 BOTH = ("classification", "completion")
 DEBUG = {"debug_noise_seed": 5}

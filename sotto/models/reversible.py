@@ -110,6 +110,9 @@ class ReversibleConfig(WrappedConfig):
 
 
 class _Reversible(Wrapped):
+    layers_stand_alone = False
+    """A layer cannot run where those below it have not: they share the two streams."""
+
     config_class = ReversibleConfig
 
     def _build(self) -> None:
@@ -155,6 +158,7 @@ def make_reversible(model: nn.Module, options: ReversibleOptions) -> _Reversible
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     found = stack.find(inner)
+    stack.require_one_stack(inner, found)
     stack.require_chain(inner, found)
     _require_replay(inner)
     wrapper = ReversibleForSequenceClassification if support.is_classifier(inner) else ReversibleForCausalLM

@@ -8,6 +8,10 @@ h_i the output of the backbone's layer i and n() a norm without parameters:
     z = layer_i(g_i z + (1 - g_i) W_i n(h_i))        for each layer that has a side layer
     h_L <- h_L + rms(h_L) W_up norm(z)               before the final norm, pooler and head;  W_up starts at zero
 
+Of an encoder-decoder the layers are the decoder's. Side layers of its own class look at W_e n(e), what the encoder gave
+at their width; light blocks know of the encoder only what the decoder's layers make of it. Nothing is put beside the
+encoder: its output enters frozen layers, and a gradient would have to come back through them.
+
 The backbone keeps no graph, so the memory is that of inference, plus the ladders' inputs n(h_i) (B, T, d), plus a
 network of width s = d / reduction.
 """
@@ -26,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from sotto.errors import SottoError
 from sotto.models import stack, support
-from sotto.models.side_blocks import Gate, LightBlock, shrink, shrunk_layers, side_width
+from sotto.models.side_blocks import POSITIONS, Gate, LightBlock, shrink, shrunk_layers, side_width
 from sotto.models.side_prune import prune_into
 from sotto.models.wrapped import Wrapped, WrappedConfig
 
@@ -71,16 +75,18 @@ class SideNetwork(nn.Module):
         else:
             self.blocks = nn.ModuleList(LightBlock(s) for _ in self.kept)
         self.entry = nn.Linear(d, s)
+        self.across = nn.Linear(d, s) if found.crosses and options.block == "layer" else None
         self.ladders = nn.ModuleList(nn.Linear(d, s) for _ in self.kept)
         self.gates = nn.ModuleList(Gate() for _ in self.kept)
         self.norm = nn.LayerNorm(s)
         self.up = nn.Linear(s, d)
-        for ladder in (self.entry, *self.ladders):
+        for ladder in (self.entry, *self.ladders, *([self.across] if self.across is not None else [])):
             nn.init.normal_(ladder.weight, std=d**-0.5)  # type: ignore[arg-type]
             nn.init.zeros_(ladder.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         self._z_BTs: torch.Tensor | None = None
+        self._encoded_BSs: torch.Tensor | None = None
         self.fed: Mapping[int, torch.Tensor] | None = None
         """Outputs of the backbone's layers by index, (B, T, d), that stand in for running them."""
         self.extras: int | None = -1
@@ -116,11 +122,13 @@ class SideNetwork(nn.Module):
             return out
         if index == 0:
             self._z_BTs = self.entry(_normed(hidden_BTd))
+            if self.across is not None:
+                self._encoded_BSs = self.across(_normed(stack.encoded_of(layer, args, kwargs).detach()))
         if index in self.kept:
             self._climb(index, stack.first(out), args, kwargs)
         if index != self.last:
             return out
-        z_BTs, self._z_BTs = self._z_BTs, None
+        z_BTs, self._z_BTs, self._encoded_BSs = self._z_BTs, None, None
         h_BTd = stack.first(out)
         size_BT1 = h_BTd.float().square().mean(-1, keepdim=True).sqrt()
         update_BTd = size_BT1.to(h_BTd.dtype) * self.up(self.norm(z_BTs)).to(h_BTd.dtype)
@@ -132,12 +140,16 @@ class SideNetwork(nn.Module):
         if self.options.block == "light":
             self._z_BTs = self.blocks[j](z_BTs)
         else:
-            args, kwargs = stack.with_hidden(*stack.without_cache(self.blocks[j], args, kwargs), z_BTs)
+            block = self.blocks[j]
+            if self.across is not None:
+                new = {**dict.fromkeys(stack.BIASES), stack.ENCODED: self._encoded_BSs}
+                args, kwargs = stack.replaced(block, args, kwargs, new)
+            args, kwargs = stack.with_hidden(*stack.without_cache(block, args, kwargs), z_BTs)
             self._z_BTs = stack.first(self.blocks[j](*args, **kwargs))
 
     def forget(self) -> None:
         """Drops what a forward pass that ended in an error has left."""
-        self._z_BTs = None
+        self._z_BTs = self._encoded_BSs = None
 
 
 def _normed(h_BTd: torch.Tensor) -> torch.Tensor:
@@ -180,7 +192,7 @@ class _Side(Wrapped):
                 why="only stored outputs of them can be used now",
                 fix="run it inside fed(...), or load the model again",
             )  # fmt: skip
-        if not self.classifies:
+        if not self.classifies or self.stack.crosses:
             kwargs["use_cache"] = False
         try:
             return super().forward(input_ids, **kwargs)
@@ -282,7 +294,8 @@ def _with_side(model: nn.Module, options: SideOptions, seed: int) -> _Side:
         prune_into(whole.side, found.layers, found.owner.config, shrink(found.owner.config, options.reduction))
     heads = support.head_names(model) if whole.classifies else []
     for name, parameter in whole.named_parameters():
-        parameter.requires_grad_(name.startswith(("side.", *(f"backbone.{head}." for head in heads))))
+        ours = name.startswith(("side.", *(f"backbone.{head}." for head in heads)))
+        parameter.requires_grad_(ours and not name.endswith(f"{POSITIONS}.weight"))
     return whole.eval()  # type: ignore[return-value]
 
 

@@ -18,6 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from sotto.models import support
 from sotto.models.stack import Stack
 
+POSITIONS = "relative_attention_bias"
+"""T5's table of distances, which all examples of a batch share: no gradient of one example could be told from it
+without running the model again. Side layers have the backbone's own, and it stays frozen."""
+
 TEMPERATURE = 0.1
 """A gate's parameter is divided by this, so that it moves within the few steps that a private run has."""
 
@@ -50,9 +54,14 @@ class LightBlock(nn.Module):
         return z_BTs + self.down(F.gelu(self.up(self.norm(z_BTs))))
 
 
+def heads_of(config: Any) -> int:
+    """Of a layer of the stack: in an encoder-decoder, the decoder's."""
+    return getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+
+
 def reduced_heads(config: Any, reduction: int) -> tuple[int, int]:
     """(heads, heads of keys and values) of a side layer: the nearest whole number, in whole groups."""
-    heads = config.num_attention_heads
+    heads = heads_of(config)
     group = heads // (getattr(config, "num_key_value_heads", None) or heads)
     shared = max(1, round(heads / reduction / group))
     return shared * group, shared
@@ -65,21 +74,23 @@ def side_width(config: Any, reduction: int) -> int:
     fewer heads, unlike smaller ones, also shrink the attention maps.
     """
     heads, _ = reduced_heads(config, reduction)
-    return max(1, config.hidden_size * heads // config.num_attention_heads)
+    return max(1, config.hidden_size * heads // heads_of(config))
 
 
 def shrink(config: Any, reduction: int) -> Any:
     """A copy of a configuration at reduced width. Its embeddings are next to nothing: only the layers are wanted."""
     small = copy.deepcopy(config)
     heads, shared = reduced_heads(config, reduction)
-    share = heads / config.num_attention_heads
+    share = heads / heads_of(config)
     if getattr(config, "head_dim", None) is not None:
         small.head_dim = config.head_dim
     if getattr(config, "num_key_value_heads", None) is not None:
         small.num_key_value_heads = shared
     small.num_attention_heads = heads
+    if getattr(config, "decoder_attention_heads", None) is not None:
+        small.decoder_attention_heads = heads
     width = small.hidden_size = side_width(config, reduction)
-    for name in ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim"):
+    for name in ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"):
         if isinstance(value := getattr(config, name, None), int):
             setattr(small, name, max(1, round(value * share)))
     for name in ("word_embed_proj_dim", "embedding_size"):
@@ -112,4 +123,9 @@ def shrunk_layers(stack: Stack, kept: list[int], reduction: int) -> nn.ModuleLis
             if isinstance(module, nn.Linear | Conv1D):
                 # The initialiser's range is made for width d; a narrower layer adds up fewer terms.
                 module.weight.mul_(gain)
+        for new, i in zip(chosen, kept, strict=True):
+            for name, module in new.named_modules():
+                if name.endswith(POSITIONS):  # (distances, heads): those of the first heads
+                    pretrained: Any = stack.layers[i].get_submodule(name)
+                    module.weight.copy_(pretrained.weight[:, : module.weight.shape[1]])  # type: ignore[operator,union-attr]
     return nn.ModuleList(chosen)

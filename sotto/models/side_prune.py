@@ -41,8 +41,10 @@ def prune_into(side: Any, layers: nn.ModuleList, config: Any, small: Any) -> Non
       config, small: of the backbone and of the side network's blocks.
 
     Raises:
-      SottoError: SOT343, the layers have weights whose meaning is not known here.
+      SottoError: SOT343, the layers have weights whose meaning is not known here, as those of a decoder with encoder.
     """
+    if side.across is not None:
+        raise _unknown("attention to the encoder")
     blocks = [layers[i] for i in side.kept]
     linears = [_linears(block) for block in blocks]
     size_d = sum(_hidden_importance(b, found) for b, found in zip(blocks, linears, strict=True))

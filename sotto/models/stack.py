@@ -8,7 +8,7 @@ names and signatures differ between architectures.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from sotto.errors import SottoError
 from sotto.models import support
 
 Forward = Callable[..., Any]
+DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
@@ -31,33 +32,43 @@ class Stack:
       owner: the module without a head that holds them (`bert`, `transformer`, `model`, ...).
       path: path of the list of layers inside `owner`.
       width: d, the size of the hidden states between layers.
+      crosses: they are the decoder's of an encoder-decoder, and look at what the encoder gave.
     """
 
     owner: nn.Module
     path: str
     layers: nn.ModuleList
     width: int
+    crosses: bool = False
 
 
 def find(model: nn.Module) -> Stack:
-    """Finds the layers by their number, which every configuration states.
+    """Finds the layers by their number, which every configuration states. Of an encoder-decoder, the decoder's.
 
     Args:
       model: a transformers model or a `MeanPooledClassifier`.
 
     Raises:
-      SottoError: SOT340, there is no such list, or the model is an encoder-decoder.
+      SottoError: SOT340, there is no such list.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
-    if getattr(model.config, "is_encoder_decoder", False):
-        _refuse(model, "it has two stacks, an encoder and a decoder", "Use an encoder or a decoder model.")
     owner = getattr(model, support.backbone_prefix(model), model)
-    wanted = config.num_hidden_layers
-    lists = [(n, m) for n, m in owner.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    crosses, wanted, within = bool(getattr(model.config, "is_encoder_decoder", False)), config.num_hidden_layers, ""
+    if crosses:
+        wanted = next((n for n in (getattr(config, name, None) for name in DECODER_DEPTHS) if n), wanted)
+        within = "decoder."
+    lists = [(n, m) for n, m in owner.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == wanted and n.startswith(within)]  # fmt: skip
     if not lists:
         _refuse(model, f"it has no list of {wanted} layers")
     path, layers = min(lists, key=lambda item: item[0].count("."))
-    return Stack(owner, path, layers, config.hidden_size)
+    return Stack(owner, path, layers, config.hidden_size, crosses)
+
+
+def require_one_stack(model: nn.Module, stack: Stack) -> None:
+    """Raises SOT340 for an encoder-decoder."""
+    if stack.crosses:
+        _refuse(model, "it has two stacks, an encoder and a decoder", "Use an encoder or a decoder model, or side.")
 
 
 @torch.no_grad()
@@ -108,6 +119,24 @@ def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], x: Any) -> tuple[
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
+ENCODED = "encoder_hidden_states"
+BIASES = ("position_bias", "encoder_decoder_position_bias")
+"""What T5's first layer makes for all others, at its own number of heads."""
+
+
+def encoded_of(layer: nn.Module | Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the encoder gave, among the arguments of a decoder's layer: (B, S, d), or None."""
+    return (dict(zip(_names(layer), args, strict=False)) | kwargs).get(ENCODED)
+
+
+def replaced(
+    layer: nn.Module | Forward, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments, those that are named in `values` with other values. None is added."""
+    args = tuple(values.get(name, value) for name, value in zip(_names(layer), args, strict=False))
+    return args, {name: values.get(name, value) for name, value in kwargs.items()}
+
+
 def first(out: Any) -> torch.Tensor:
     """The hidden states of what a layer returns: a tensor, or a tuple that begins with it."""
     return out[0] if isinstance(out, tuple | list) else out
@@ -138,10 +167,7 @@ def without_cache(
     layer: nn.Module | Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments for a layer that may neither read nor write the model's keys and values."""
-    names = _names(layer)
-    args = tuple(None if name in CACHES else value for name, value in zip(names, args, strict=False))
-    kept = {name: None if name in CACHES else value for name, value in kwargs.items()}
-    return args, {**kept, "use_cache": False} if "use_cache" in kept else kept
+    return replaced(layer, args, kwargs, {**dict.fromkeys(CACHES), "use_cache": False})
 
 
 def replace_forward(module: nn.Module, forward: Forward) -> Forward:

@@ -65,6 +65,10 @@ def dummy_batch(model: nn.Module, rows: int = 2, length: int = 8) -> dict[str, t
     ids = (torch.arange(rows * length, device=device) * 7 + 3).remainder(config.vocab_size).view(rows, length)
     mask = torch.ones_like(ids)
     mask[-1, length - length // 3 :] = 0
+    if config.is_encoder_decoder:  # its classifiers read at the end-of-text token, of which every row has one
+        ids[(ids == config.eos_token_id) | (ids == config.pad_token_id)] = config.vocab_size - 1
+        ids[mask == 0] = config.pad_token_id
+        ids[torch.arange(rows, device=device), mask.sum(1) - 1] = config.eos_token_id
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -63,7 +63,8 @@ class ZerothOrder:
         Raises:
           SottoError: SOT401, SOT650 or SOT651, as for `probes.Prober`.
         """
-        self.prober = Prober(model, forward, directions, smoothing, sides=sides)
+        alone = getattr(model, "layers_stand_alone", True)
+        self.prober = Prober(model, forward, directions, smoothing, sides=sides, reuse_prefix=alone)
         self.release = Release(clipping, directions.count, order)
         self.parameters, self.clipping, self.directions = self.prober.parameters, clipping, directions
         clipping.group_of([NAME])  # tells one whose bounds follow the norms that there is one group

@@ -15,6 +15,7 @@ No gradient is ever whole: weights are updated a chunk at a time, so SGD needs n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -41,7 +42,6 @@ class Updates:
 
     Attributes:
       log: a (K,) float32 tensor for each step so far.
-      start: (32,) uint8 fingerprint of the weights before the first step, and of the directions.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Updates:
         self.stage_starts = list(itertools.accumulate([0, *stage_lengths(steps, self.preset.stages)[:-1]]))
         self.anchor = {n: p.detach().clone() for n, p in self.parameters.items()} if self.preset.proximal else {}
         self.log: list[torch.Tensor] = []
-        self.start = self._fingerprint()
 
     def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
         """Applies one release: `update["directions"]` is (K,). Steps come one after another, from 0."""
         assert step == len(self.log)
+        assert self.start is not None  # taken now if nobody has asked for it: from here on the weights are others
         g_K = update[NAME].detach().float().cpu()
         self.log.append(g_K)
         if step and step in self.stage_starts:
@@ -160,8 +160,9 @@ class Updates:
         for step, g_K in enumerate(log):
             self.step({NAME: g_K}, step)
 
-    def _fingerprint(self) -> torch.Tensor:
-        """(32,) uint8."""
+    @functools.cached_property
+    def start(self) -> torch.Tensor:
+        """(32,) uint8 fingerprint of the weights before the first step, and of the directions."""
         spec = {"directions": self.directions.spec(), "run": self.run.model_dump(mode="json"), "steps": self.steps}
         spec["stages"], spec["proximal"] = self.preset.stages, self.preset.proximal
         for key in ("microbatch_size", "memory", "checkpoint_every", "device"):  # these change no number
