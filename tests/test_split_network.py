@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise
 from sotto.rundir import RunDir
-from sotto.split import network, protocol, sides
+from sotto.split import network, protocol, sides, superlink, supernode
 from sotto.split.answers import AnswerBook
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
@@ -31,7 +31,7 @@ from sotto.split.protocol import CustomerSession, VendorService
 from sotto.split.simulate import evaluate, label_keeper, noise_for, simulate
 from sotto.split.vendor import Vendor
 
-pytest.importorskip("grpc", reason="grpcio is not installed (extra: split)")
+pytest.importorskip("flwr", reason="Flower is not installed (extra: split)")
 
 SETTING = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
 KEPT = {"privatizer": "none", "layer": 1, "labels": "kept", "label_epsilon": 5.0}
@@ -334,7 +334,7 @@ def test_both_sides_stop_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(CustomerSession, "_ask", breaks)
     service = VendorService(Vendor(made), RunDir(tmp_path / "runs" / "first"))
     service.run.create(made, {"kind": "split"}, {})
-    with network.serve(service, "127.0.0.1:0", None, True) as port, pytest.raises(KeyboardInterrupt):
+    with superlink.serve(service, "127.0.0.1:0", None, True) as port, pytest.raises(KeyboardInterrupt):
         sides.customer(made, "customer", f"127.0.0.1:{port}", None, True, ready=runs.append)
     with vendor_running(made, None, service.run.path) as (port, path):
         assert path == service.run.path
@@ -347,13 +347,13 @@ def test_an_oversized_message_is_refused_unread(tmp_path: Path) -> None:
     seen: list[int] = []
     call = pair.service.call
     pair.service.call = lambda method, request: seen.append(len(request)) or call(method, request)  # type: ignore[method-assign]
-    with network.serve(pair.service, "127.0.0.1:0", None, True) as port:
-        with network.connect(f"127.0.0.1:{port}", None, True) as ask:
+    with superlink.serve(pair.service, "127.0.0.1:0", None, True) as port:
+        with supernode.connect(f"127.0.0.1:{port}", None, True) as ask:
             assert "resource_exhausted" in refused(ask, "hello", b"x" * (pair.service.most_bytes + 1))
             assert not seen
             assert ask("hello", b"x")[:4] == b"\1SOT", "and the vendor goes on"
-        assert "SOT829" in refused(lambda: network.serve(pair.service, f"127.0.0.1:{port}", None, True).__enter__())
-    with network.connect(f"127.0.0.1:{port}", None, True) as ask:
+        assert "SOT829" in refused(lambda: superlink.serve(pair.service, f"127.0.0.1:{port}", None, True).__enter__())
+    with supernode.connect(f"127.0.0.1:{port}", None, True) as ask:
         assert "SOT829" in refused(ask, "hello", b"x")
 
 
@@ -375,9 +375,9 @@ def test_unprotected_connections_are_refused(tmp_path: Path, address: str, prote
 
 
 def test_missing_certificates_and_wrong_roles_are_refused(tmp_path: Path) -> None:
-    with network.connect("127.0.0.1:1", None, True):
+    with supernode.connect("127.0.0.1:1", None, True):
         pass
-    assert "SOT827" in refused(lambda: network.connect("127.0.0.1:1", files(tmp_path, "x"), False).__enter__())
+    assert "SOT827" in refused(lambda: supernode.connect("127.0.0.1:1", files(tmp_path, "x"), False).__enter__())
     made = test_split_run.config(tmp_path, {**SETTING, "role": "vendor"})
     assert "SOT805" in refused(sides.customer, made, "x", "127.0.0.1:1", None, True)
     made = test_split_run.config(tmp_path, {**SETTING, "role": "customer"})

@@ -22,6 +22,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from sotto.errors import SottoError
 from sotto.split import wire
 from sotto.split.protocol import METHODS
 
@@ -56,29 +57,23 @@ class Answered:
 
 
 def _records(facts: dict[str, Any], body: bytes) -> RecordDict:
-    parts = [body[start : start + PART] for start in range(0, len(body), PART)]
-    records = {"head": ConfigRecord({**facts, "parts": len(parts)})}
-    records |= {str(i): ConfigRecord({"bytes": part}) for i, part in enumerate(parts)}
+    parts = [body[start : start + PART] for start in range(0, len(body), PART)] or [b""]
+    records = {"0": ConfigRecord({**facts, "bytes": parts[0]})}
+    records |= {str(i): ConfigRecord({"bytes": part}) for i, part in enumerate(parts) if i}
     return RecordDict(records)  # type: ignore[arg-type]
 
 
 def _facts(content: RecordDict, names: dict[str, type], most: int | None) -> tuple[dict[str, Any], bytes]:
-    """The head and the bytes of a content that has these facts and nothing else. No copy before the sizes fit."""
-    records = dict(content.items())
-    head = records.pop("head", None)
-    wanted = {**names, "parts": int}
-    if not isinstance(head, ConfigRecord) or {name: type(value) for name, value in head.items()} != wanted:
-        wire.refuse("the message is none of the protocol's")
-    facts = dict(head.items())
-    count = facts.pop("parts")
-    if count != len(records) or set(records) != {str(i) for i in range(len(records))}:
-        wire.refuse("the message is none of the protocol's")
-    parts = []
-    for i in range(count):
-        record = records[str(i)]
-        if not isinstance(record, ConfigRecord) or record.keys() != {"bytes"} or type(record["bytes"]) is not bytes:
+    """The facts and the bytes of a content that has these and nothing else. Nothing is copied before the sizes fit."""
+    facts, parts = {}, []
+    for i in range(len(content)):
+        record, wanted = content.get(str(i)), {"bytes": bytes} if i else {**names, "bytes": bytes}
+        if not isinstance(record, ConfigRecord) or {name: type(value) for name, value in record.items()} != wanted:
             wire.refuse("the message is none of the protocol's")
-        parts.append(record["bytes"])
+        facts |= dict(record.items())
+        parts.append(facts.pop("bytes"))
+    if not parts:
+        wire.refuse("the message is none of the protocol's")
     if most is not None and sum(len(part) for part in parts) > most:
         wire.refuse("the message is larger than a call can be")
     return facts, b"".join(parts)
@@ -98,6 +93,13 @@ def read_asked(content: RecordDict, most: int) -> Asked:
     if len(facts["name"]) != NAME or facts["method"] not in METHODS or facts["number"] < 1:
         wire.refuse("the message is none of the protocol's")
     return Asked(**facts, body=body)
+
+
+def _number(content: RecordDict) -> int:
+    """The number of a call that cannot be read otherwise, so that its refusal finds who made it; else 0."""
+    head = content.get("0")
+    number = head.get("number") if isinstance(head, ConfigRecord) else None
+    return number if type(number) is int and 0 < number < 1 << 62 else 0
 
 
 def answered_content(answered: Answered) -> RecordDict:
@@ -128,7 +130,11 @@ class Desk:
 
     def answer(self, content: RecordDict) -> Answered:
         """The answer to a reply of the customer; the last one again, if that is what it asks for again."""
-        asked = read_asked(content, self.most)
+        try:
+            asked = read_asked(content, self.most)
+        except SottoError as error:
+            log.warning("refused a message: %s %s", error.code, error.what)
+            return Answered(_number(content), b"\1" + error.code.encode())
         if (asked.name, asked.number) != self._last:
             self._answered = Answered(asked.number, self.call(asked.method, asked.body))
             self._last = (asked.name, asked.number)
@@ -151,15 +157,10 @@ def server_app(desk: Desk, stop: threading.Event) -> ServerApp:
                 continue
             reply = _exchange(grid, Message(answered_content(answered), node, f"query.{ACTION}"), stop)
             if reply is None or not reply.has_content():
-                answered = Answered(0, b"")  # it may not have got the last one; then it asks again
+                answered = Answered(0, b"")  # the answer may be lost; then the customer repeats its call
                 stop.wait(IDLE)
                 continue
-            try:
-                answered = desk.answer(reply.content)
-            except wire.SottoError as error:
-                log.warning("refused a message: %s %s", error.code, error.what)
-                answered = Answered(0, b"")
-                stop.wait(LONGEST)
+            answered = desk.answer(reply.content)
 
     return app
 

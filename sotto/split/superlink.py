@@ -115,17 +115,20 @@ class LinkGrid(InMemoryGrid):
             with no_object_id_recompute():
                 message.metadata.__dict__["_message_id"] = message.object_id
                 self._check_message(message)
-                session = self.state.start_session(self.run.run_id)
-                objects = get_all_nested_objects(message)
-                tree = get_object_tree(message)
-                bare = Message(RecordDict(), metadata=message.metadata)
-                stored, missing = self.state.store_message_and_object_tree(bare, tree, session)
-                if not stored:
-                    continue
-                for name in missing:
-                    self.state.store_object(self.run.run_id, session, name, objects[name].deflate())
-                names.append(message.metadata.message_id)
+                if self._store(message, get_all_nested_objects(message)):
+                    names.append(message.metadata.message_id)
         return names
+
+    def _store(self, message: Message, objects: dict[str, Any]) -> bool:
+        run = self.run.run_id
+        bare = Message(RecordDict(), metadata=message.metadata)
+        # A node that finds the message before its objects would wait for a second.
+        with self.state.lock:  # type: ignore[attr-defined]
+            session = self.state.start_session(run)
+            stored, missing = self.state.store_message_and_object_tree(bare, get_object_tree(message), session)
+            for name in missing if stored else ():
+                self.state.store_object(run, session, name, objects[name].deflate())
+        return stored
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies whose objects have all come; they are taken out of the SuperLink."""
@@ -157,17 +160,21 @@ class LinkGrid(InMemoryGrid):
 def _socket(address: str) -> socket.socket:
     host, port = host_and_port(address)
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)  # asyncio sends at once only if it is told that this is TCP
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(place)
         bound.listen()
         return bound
     except OSError:
-        raise SottoError(
-            "SOT829", what="the address cannot be listened on", where=address,
-            why="another program uses it, or it is not one of this machine", fix="choose another port",
-        ) from None  # fmt: skip
+        raise _not_listening(address) from None
+
+
+def _not_listening(address: str) -> SottoError:
+    return SottoError(
+        "SOT829", what="the address cannot be listened on", where=address,
+        why="another program uses it, or it is not one of this machine", fix="choose another port",
+    )  # fmt: skip
 
 
 @contextmanager
@@ -195,7 +202,10 @@ def serve(service: VendorService, address: str, certificates: Certificates | Non
     grid = LinkGrid(factory, gate)
     gate.busy = lambda: bool(list(grid.get_node_ids()))
     bound, stop = _socket(address), threading.Event()
-    config = uvicorn.Config(gate, log_config=None, access_log=False, lifespan="on", **protection)
+    # A connection that the customer still takes for open must not be closed under its next call.
+    config = uvicorn.Config(
+        gate, log_config=None, access_log=False, ws="none", loop="asyncio", timeout_keep_alive=600, **protection
+    )  # fmt: skip
     server = uvicorn.Server(config)
     vendor = server_app(Desk(service.call, service.most_bytes), stop)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), {})
@@ -206,6 +216,10 @@ def serve(service: VendorService, address: str, certificates: Certificates | Non
     for thread in threads:
         thread.start()
     try:
+        while not server.started:
+            if not threads[0].is_alive():
+                raise _not_listening(address)
+            stop.wait(0.01)
         yield bound.getsockname()[1]
     finally:
         stop.set()

@@ -40,7 +40,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -78,7 +77,7 @@ class CustomerNode:
         private, public = generate_key_pairs()
         self._key, self._node = public_key_to_bytes(public), Node()
         signing = NodeAuthHttpInterceptor(private, public)
-        self._client = _Fleet(address, certificates, [RuntimeVersionHttpInterceptor("SuperNode"), signing])
+        self._client = _Fleet(address, certificates, [signing])
 
     def open(self, patience: float) -> None:
         """Makes itself known. A customer that was killed is taken for alive for a while, so it asks again."""
@@ -201,7 +200,7 @@ def connect(
             work(node, *arguments, over)
         except Exception as error:
             if not over.is_set():
-                courier.fail(_unreachable(address, error))
+                courier.fail(error if isinstance(error, SottoError) else _unreachable(address, error))
 
     threads = [
         threading.Thread(target=guarded, args=(_work, courier), daemon=True),
