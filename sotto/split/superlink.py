@@ -161,12 +161,16 @@ def _socket(address: str) -> socket.socket:
     host, port = host_and_port(address)
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)  # asyncio sends at once only if it is told that this is TCP
+    except OSError:
+        raise _not_listening(address) from None
+    bound = socket.socket(family, kind, protocol)  # asyncio sends at once only if it is told that this is TCP
+    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(place)
         bound.listen()
         return bound
     except OSError:
+        bound.close()
         raise _not_listening(address) from None
 
 
