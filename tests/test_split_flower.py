@@ -213,7 +213,7 @@ BAD = {
     "text for bytes": RecordDict({"0": asked()["0"], "1": ConfigRecord({"bytes": "SECRET"})}),
     "lists": asked(bytes=[b"SECRET"]),
     "no bytes": asked(bytes=None),
-    "more than agreed": asked(path="/home/SECRET"),
+    "more than agreed": asked(path="SECRET"),
     "another method": asked(method="train"),
     "a path": asked(method="../hello"),
     "number 0": asked(number=0),
@@ -254,7 +254,7 @@ def test_a_customer_takes_no_other_message_and_runs_nothing_for_it(content: Reco
     at = Context(1, NODE, {}, RecordDict(), {})
     assert "SOT820" in refused(app, Message(content, NODE, "query.split"), at)
     for kind in ("train", "evaluate", "query", "query.hello"):
-        with pytest.raises(ValueError, match="No .* function registered"):
+        with pytest.raises(ValueError, match="function registered with name"):
             app(Message(content, NODE, kind), at)
 
 

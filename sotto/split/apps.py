@@ -1,9 +1,9 @@
 """Customer and vendor as apps of Flower: the calls of `protocol`, carried in the messages of Flower's Message API.
 
-The vendor is a ServerApp and the customer a ClientApp. In Flower it is the server that sends a message and the node that
-replies to it, and in `protocol` it is the customer that calls. So a message carries the answer to the customer's last
-call (or nothing, at first), and the reply carries its next one. A call has a number and the name of the process that
-makes it: one whose answer was lost is answered again from memory and not done twice.
+The vendor is a ServerApp and the customer a ClientApp. In Flower the server sends a message and the node replies to
+it; in `protocol` the customer calls. So a message carries the answer to the customer's last call (or nothing, at
+first), and the reply carries its next one. A call has a number, and the name of the process that makes it: one whose answer was
+lost is answered again from memory, and not done twice.
 
 A message holds numbers, the name of a call, and bytes: nothing of the configuration, no path, no text.
 """

@@ -11,12 +11,13 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
 from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
@@ -57,7 +58,7 @@ class Gate:
     def __init__(self, app: Any, most: int):
         self._app, self._most = app, most
         self.left = most
-        self.busy = lambda: False
+        self.busy: Callable[[], bool] = lambda: False
 
     def refill(self) -> None:
         self.left = self._most
@@ -98,7 +99,7 @@ class LinkGrid(InMemoryGrid):
             None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )  # fmt: skip
         self.set_run(self.state.get_run_info(run_ids=[run])[0])
-        self._task = self.run.primary_task_id
+        self._task = self.run.primary_task_id or 0
         self.state.claim_task(self._task)
         self.state.activate_task(self._task)
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run, self._task, SUPERLINK_NODE_ID
@@ -121,7 +122,7 @@ class LinkGrid(InMemoryGrid):
 
     def _store(self, message: Message, objects: dict[str, Any]) -> bool:
         run = self.run.run_id
-        bare = Message(RecordDict(), metadata=message.metadata)
+        bare = remove_content_from_message(message)
         # A node that finds the message before its objects would wait for a second.
         with self.state.lock:  # type: ignore[attr-defined]
             session = self.state.start_session(run)
