@@ -235,6 +235,21 @@ def test_a_message_of_another_kind_is_refused_before_it_is_put_together(
     assert "SECRET" not in caplog.text
 
 
+def test_what_goes_wrong_at_the_vendor_reaches_the_customer_without_a_word_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(method: str, request: bytes) -> bytes:
+        if method == "piece":
+            raise OSError("SECRET")
+        return b"\0fine"
+
+    with apps_running(fails, 99) as (courier, grid):
+        assert courier.call("piece", b"") == b"\1"
+        assert courier.call("step", b"") == b"\0fine", "and it goes on"
+    assert b"SECRET" not in b"".join(grid.carried)
+    assert "SECRET" not in caplog.text
+
+
 def test_a_call_of_the_largest_size_is_taken() -> None:
     assert apps.read_asked(asked(), 6) == Asked(b"n" * 16, 1, "piece", b"SECRET")
     assert "SOT820" in refused(apps.read_asked, asked(), 5)

@@ -2,8 +2,8 @@
 
 The vendor is a ServerApp and the customer a ClientApp. In Flower the server sends a message and the node replies to
 it; in `protocol` the customer calls. So a message carries the answer to the customer's last call (or nothing, at
-first), and the reply carries its next one. A call has a number, and the name of the process that makes it: one whose answer was
-lost is answered again from memory, and not done twice.
+first), and the reply carries its next one. A call has a number, and the name of the process that makes it: one whose
+answer was lost is answered again from memory, and not done twice.
 
 A message holds numbers, the name of a call, and bytes: nothing of the configuration, no path, no text.
 """
@@ -32,9 +32,9 @@ ACTION = "split"
 PART = 4 << 20
 """Bytes of a record at most. Each record is sent, checked and stored as an object of its own."""
 NAME = 16
-IDLE = 0.02
+IDLE = 0.01
 """Seconds between two looks for a customer, and for its reply."""
-SHORTEST, LONGEST = 0.01, 0.5
+SHORTEST, LONGEST = 0.005, 0.5
 """The same at the customer, where each look is a call over the network: it waits longer the longer nothing comes."""
 
 
@@ -136,9 +136,16 @@ class Desk:
             log.warning("refused a message: %s %s", error.code, error.what)
             return Answered(_number(content), b"\1" + error.code.encode())
         if (asked.name, asked.number) != self._last:
-            self._answered = Answered(asked.number, self.call(asked.method, asked.body))
+            self._answered = Answered(asked.number, self._do(asked))
             self._last = (asked.name, asked.number)
         return self._answered
+
+    def _do(self, asked: Asked) -> bytes:
+        try:
+            return self.call(asked.method, asked.body)
+        except Exception as error:  # a full disk, for one; its text may name what this side keeps to itself
+            log.error("a %s failed: %s", asked.method, type(error).__name__)
+            return b"\1"
 
 
 def server_app(desk: Desk, stop: threading.Event) -> ServerApp:
