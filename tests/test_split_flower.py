@@ -23,6 +23,7 @@ import test_split_run
 import tiny_runs
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 from test_federated_flower import MemoryGrid
 from test_split_network import KEPT, SEEDED, SETTING, Pair, refused, vendor_running
@@ -233,6 +234,63 @@ def test_a_message_of_another_kind_is_refused_before_it_is_put_together(
     desk = Desk(lambda method, request: pytest.fail("it was called"), 50)
     assert desk.answer(BAD[name]).body == b"\1SOT820"
     assert "SECRET" not in caplog.text
+
+
+def objects_of(content: RecordDict) -> tuple[str, dict[str, bytes]]:
+    message = Message(content, NODE, "query.split")
+    return message.object_id, {name: each.deflate() for name, each in get_all_nested_objects(message).items()}
+
+
+def test_an_array_that_names_one_piece_a_million_times_is_not_put_together() -> None:
+    def repeated(times: int) -> tuple[str, dict[str, bytes]]:
+        name, objects = objects_of(RecordDict({"0": ArrayRecord({"0": Array(np.zeros(1 << 16))})}))
+        (array,) = (each for each, content in objects.items() if content.startswith(b"Array "))
+        head, _, body = objects[array].partition(b"\0")
+        body = body.replace(b"[0]", b"[" + b"0, " * (times - 1) + b"0]")
+        kind, children, _ = head.split(b" ")
+        objects[array] = b" ".join([kind, children, str(len(body)).encode()]) + b"\0" + body
+        return name, objects
+
+    grown: Any = inflate_object_from_contents(*repeated(5))
+    assert len(grown.content["0"]["0"].data) > 5 * 8 * (1 << 16), "Flower would do it"
+    assert "SOT820" in refused(apps.whole, *repeated(1_000_000))
+
+
+def test_objects_that_are_no_message_are_refused() -> None:
+    name, objects = objects_of(asked())
+    assert apps.read_asked(apps.whole(name, dict(objects)).content, 6).body == b"SECRET"
+    for broken in (
+        {},
+        {name: b""},
+        {name: objects[name]},
+        {**objects, name: b"SECRET"},
+        {**objects, name: objects[name][:-3]},
+        {each: content.replace(b"Message", b"Massage") for each, content in objects.items()},
+    ):
+        assert "SOT820" in refused(apps.whole, name, dict(broken))
+    record = next(each for each, content in objects.items() if content.startswith(b"ConfigRecord"))
+    assert "SOT820" in refused(apps.whole, record, dict(objects))
+
+
+def test_the_vendor_goes_on_when_a_message_cannot_be_read() -> None:
+    courier, stop, failed = Courier(), threading.Event(), []
+
+    class Broken(OneNode):
+        def pull_messages(self, message_ids: Any) -> list[Message]:
+            if self.count == 2 and not failed:
+                failed.append(True)
+                raise KeyError("SECRET")
+            return super().pull_messages(message_ids)
+
+    app = apps.server_app(Desk(lambda method, request: b"fine", 99), stop)
+    arguments = (Broken(courier), Context(1, 1, {}, RecordDict(), {}))
+    thread = threading.Thread(target=app, args=arguments, daemon=True)
+    thread.start()
+    assert [courier.call("step", b"") for _ in range(3)] == [b"fine"] * 3
+    assert failed
+    courier.end()
+    stop.set()
+    thread.join(20)
 
 
 def test_what_goes_wrong_at_the_vendor_reaches_the_customer_without_a_word_of_it(

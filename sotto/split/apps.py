@@ -21,6 +21,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import get_object_type_from_object_content
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from sotto.errors import SottoError
 from sotto.split import wire
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 ACTION = "split"
 PART = 4 << 20
 """Bytes of a record at most. Each record is sent, checked and stored as an object of its own."""
+KINDS = {"Message", "RecordDict", "ConfigRecord"}
 NAME = 16
 IDLE = 0.01
 """Seconds between two looks for a customer, and for its reply."""
@@ -54,6 +57,29 @@ class Answered:
 
     number: int
     body: bytes
+
+
+def whole(name: str, contents: dict[str, bytes]) -> Message:
+    """A message from the objects that it came in. Only three kinds are put together.
+
+    An array is not among them: its object may name a piece of it a million times.
+
+    Args:
+      name: of the object that is the message.
+      contents: all objects by their names; emptied.
+
+    Raises:
+      SottoError: SOT820.
+    """
+    try:
+        kinds = {get_object_type_from_object_content(content) for content in contents.values()}
+        found = inflate_object_from_contents(name, contents) if kinds <= KINDS else None
+    except Exception:
+        found = None
+    if not isinstance(found, Message):
+        wire.refuse("the message is none of the protocol's")
+    found.metadata.__dict__["_message_id"] = name
+    return found
 
 
 def _records(facts: dict[str, Any], body: bytes) -> RecordDict:
@@ -162,7 +188,12 @@ def server_app(desk: Desk, stop: threading.Event) -> ServerApp:
             if node is None:
                 stop.wait(IDLE)
                 continue
-            reply = _exchange(grid, Message(answered_content(answered), node, f"query.{ACTION}"), stop)
+            try:
+                reply = _exchange(grid, Message(answered_content(answered), node, f"query.{ACTION}"), stop)
+            except Exception as error:  # whatever came, the next message starts anew
+                log.error("a message failed: %s", type(error).__name__)
+                reply = None
+                stop.wait(LONGEST)
             if reply is None or not reply.has_content():
                 answered = Answered(0, b"")  # the answer may be lost; then the customer repeats its call
                 stop.wait(IDLE)

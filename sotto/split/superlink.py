@@ -26,14 +26,13 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from flwr.superlink.main import create_app
 
 from sotto.errors import SottoError
-from sotto.split.apps import PART, Desk, server_app
+from sotto.split.apps import PART, Desk, server_app, whole
 from sotto.split.network import Certificates, check, host_and_port, quiet
 from sotto.split.protocol import VendorService
 
@@ -149,11 +148,7 @@ class LinkGrid(InMemoryGrid):
                     threading.Event().wait(0.01)
                     content = self.state.get_object(self.run.run_id, tree.object_id)
                 contents[tree.object_id] = content or b""
-            whole = inflate_object_from_contents(name, contents)
-            assert isinstance(whole, Message)
-            return whole
-        except Exception:
-            return reply
+            return whole(name, contents)
         finally:
             store.delete(name)
 

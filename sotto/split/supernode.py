@@ -39,13 +39,13 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from sotto.errors import SottoError
-from sotto.split.apps import LONGEST, SHORTEST, Courier, Ended, client_app
+from sotto.split.apps import LONGEST, SHORTEST, Courier, Ended, client_app, whole
 from sotto.split.network import Certificates, check, quiet
 from sotto.split.protocol import Call
 
@@ -120,11 +120,7 @@ class CustomerNode:
         self._client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=tree.object_id)
         )
-        found = inflate_object_from_contents(tree.object_id, contents)
-        if not isinstance(found, Message):
-            raise ValueError
-        found.metadata.__dict__["_message_id"] = tree.object_id
-        return found
+        return whole(tree.object_id, contents)
 
     def send(self, message: Message) -> None:
         """Sends a reply: its head, and then its records, each as an object."""
