@@ -431,8 +431,25 @@ def test_unprotected_connections_are_refused(tmp_path: Path, address: str, prote
     assert "SOT827" in refused(network.check, address, certificates, plaintext)
 
 
+def test_without_flower_both_sides_say_so_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = test_split_run.config(tmp_path, SETTING)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "SOT828" in refused(sides.customer, made, "x", "127.0.0.1:1", None, True)
+    assert "SOT828" in refused(sides.vendor, made, "x", "127.0.0.1:0", None, True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_missing_certificates_and_wrong_roles_are_refused(tmp_path: Path) -> None:
-    assert "SOT827" in refused(lambda: supernode.connect("127.0.0.1:1", files(tmp_path, "x"), False).__enter__())
+    certificates = files(tmp_path, "x")
+    assert "SOT827" in refused(lambda: supernode.connect("127.0.0.1:1", certificates, False).__enter__())
+    for path in (certificates.certificate, certificates.private_key, certificates.authority):
+        path.write_text("SECRET")
+    for server in (True, False):
+        text = refused(certificates.context, server)
+        assert "SOT827" in text
+        assert "SECRET" not in text
     made = test_split_run.config(tmp_path, {**SETTING, "role": "vendor"})
     assert "SOT805" in refused(sides.customer, made, "x", "127.0.0.1:1", None, True)
     made = test_split_run.config(tmp_path, {**SETTING, "role": "customer"})

@@ -163,16 +163,16 @@ def _beat(node: CustomerNode, over: threading.Event) -> None:
 
 
 def _unreachable(address: str, error: BaseException) -> SottoError:
-    taken = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == TAKEN
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == TAKEN:
+        return SottoError(
+            "SOT829", what="another customer is connected", where=address,
+            why="a vendor serves one customer at a time", fix="stop the other one, or wait until it is done",
+        )  # fmt: skip
     return SottoError(
-        "SOT829",
-        what="another customer is connected" if taken else f"the vendor cannot be reached: {type(error).__name__}",
-        where=address,
-        why="a vendor serves one customer at a time"
-        if taken
-        else "it is not running, or the two sides do not accept each other's certificates",
+        "SOT829", what=f"the vendor cannot be reached: {type(error).__name__}", where=address,
+        why="it is not running, or the two sides do not accept each other's certificates",
         fix="start the vendor, and go on with --resume; nothing that was stored is lost",
-    )
+    )  # fmt: skip
 
 
 @contextmanager
