@@ -25,9 +25,11 @@ LAYERS = {
 }
 TORCH_IN_PRIVACY = {"sotto.privacy.noise", "sotto.privacy.mechanism"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-NETWORK = {"grpc", "requests", "httpx", "aiohttp", "socket", "http", "urllib", "ftplib", "smtplib", "websockets"}
-CONNECTION = "sotto.split.network"
-"""The one module that opens one, where the user names the other side."""
+NETWORK = {
+    "grpc", "requests", "httpx", "aiohttp", "socket", "http", "urllib", "ftplib", "smtplib", "websockets", "uvicorn",
+}  # fmt: skip
+CONNECTIONS = {"sotto.split.superlink", "sotto.split.supernode"}
+"""The two ends of the one connection that Sotto opens, where the user names the other side."""
 SECRET = re.compile(r"^_?(.*_key|key|secret|secrets|password|passwd|credential|api_token|access_token)$")
 
 
@@ -134,8 +136,8 @@ def runs_foreign_code(module: str, source: str) -> list[str]:
 
 
 def reaches_out(module: str, source: str) -> list[str]:
-    """Sotto opens no connection by itself: there are the Hub client of Hugging Face, and gRPC in one module."""
-    if module == CONNECTION:
+    """Sotto opens no connection by itself: there are the Hub client of Hugging Face, and the ends of Flower."""
+    if module in CONNECTIONS:
         return []
     return [f"{line}: {name}" for line, name in imports(ast.parse(source)) if name.split(".")[0] in NETWORK]
 
@@ -194,6 +196,8 @@ BAD = {
     ],
     reaches_out: [
         ("sotto.split.x", "import grpc"),
+        ("sotto.split.apps", "import httpx"),
+        ("sotto.split.network", "import uvicorn"),
         ("sotto.x", "import requests"),
         ("sotto.x", "from urllib.request import urlopen"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import ipaddress
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise
 from sotto.rundir import RunDir
-from sotto.split import network, protocol, sides
+from sotto.split import network, protocol, sides, superlink, supernode
 from sotto.split.answers import AnswerBook
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
@@ -30,8 +32,6 @@ from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
 from sotto.split.simulate import evaluate, label_keeper, noise_for, simulate
 from sotto.split.vendor import Vendor
-
-pytest.importorskip("grpc", reason="grpcio is not installed (extra: split)")
 
 SETTING = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
 KEPT = {"privatizer": "none", "layer": 1, "labels": "kept", "label_epsilon": 5.0}
@@ -334,7 +334,7 @@ def test_both_sides_stop_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(CustomerSession, "_ask", breaks)
     service = VendorService(Vendor(made), RunDir(tmp_path / "runs" / "first"))
     service.run.create(made, {"kind": "split"}, {})
-    with network.serve(service, "127.0.0.1:0", None, True) as port, pytest.raises(KeyboardInterrupt):
+    with superlink.serve(service, "127.0.0.1:0", None, True) as port, pytest.raises(KeyboardInterrupt):
         sides.customer(made, "customer", f"127.0.0.1:{port}", None, True, ready=runs.append)
     with vendor_running(made, None, service.run.path) as (port, path):
         assert path == service.run.path
@@ -347,14 +347,71 @@ def test_an_oversized_message_is_refused_unread(tmp_path: Path) -> None:
     seen: list[int] = []
     call = pair.service.call
     pair.service.call = lambda method, request: seen.append(len(request)) or call(method, request)  # type: ignore[method-assign]
-    with network.serve(pair.service, "127.0.0.1:0", None, True) as port:
-        with network.connect(f"127.0.0.1:{port}", None, True) as ask:
-            assert "resource_exhausted" in refused(ask, "hello", b"x" * (pair.service.most_bytes + 1))
+    most = pair.service.most_bytes
+    with superlink.serve(pair.service, "127.0.0.1:0", None, True) as port:
+        with supernode.connect(f"127.0.0.1:{port}", None, True) as ask:
+            assert ask("hello", b"x" * (most + 1)) == b"\1SOT820"
             assert not seen
+            # Not of one byte: Flower sends a record once that comes twice.
+            assert "SOT829" in refused(ask, "hello", random.Random(0).randbytes(2 * most + superlink.OVERHEAD))
+            assert not seen
+        with supernode.connect(f"127.0.0.1:{port}", None, True) as ask:
             assert ask("hello", b"x")[:4] == b"\1SOT", "and the vendor goes on"
-        assert "SOT829" in refused(lambda: network.serve(pair.service, f"127.0.0.1:{port}", None, True).__enter__())
-    with network.connect(f"127.0.0.1:{port}", None, True) as ask:
-        assert "SOT829" in refused(ask, "hello", b"x")
+        assert "SOT829" in refused(lambda: superlink.serve(pair.service, f"127.0.0.1:{port}", None, True).__enter__())
+    assert "SOT829" in refused(lambda: supernode.connect(f"127.0.0.1:{port}", None, True).__enter__())
+
+
+def test_a_customer_that_connects_twice_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    with superlink.serve(pair.service, "127.0.0.1:0", None, True) as port:
+        address = f"127.0.0.1:{port}"
+        with supernode.connect(address, None, True) as ask:
+            session = pair.session(ask)
+            session.ticket = session._ask("hello", pair.outbox.manifest.to_json().encode())[:16]
+            text = refused(lambda: supernode.connect(address, None, True, patience=0.0).__enter__())
+            assert "SOT829" in text
+            assert "another customer is connected" in text
+            session.upload(pair.outbox.manifest, pair.outbox.read)
+        with supernode.connect(address, None, True, patience=0.0) as ask:
+            assert pair.session(ask).upload(pair.outbox.manifest, pair.outbox.read) == 0, "nothing was lost"
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "headers", "status"),
+    [
+        ("/v1/control/start-run", "POST", {}, 404),
+        ("/v1/control/register-node", "POST", {}, 404),
+        ("/v1/runtime/push-messages", "POST", {}, 404),
+        ("/v1/fleet/get-fab", "POST", {}, 404),
+        ("/v1/fleet/../control/start-run", "POST", {}, 404),
+        ("/v1/fleet/%2e%2e/control/start-run", "POST", {}, 404),
+        ("/docs", "GET", {}, 404),
+        ("/openapi.json", "GET", {}, 404),
+        ("/health", "GET", {}, 404),
+        ("/v1/fleet/pull-messages", "GET", {}, 404),
+        ("/v1/fleet/push-object", "POST", {"Content-Length": str(superlink.BODY + 1)}, 413),
+        ("/v1/fleet/push-object", "POST", {"Content-Length": "9" * 40}, 400),
+        ("/v1/fleet/push-object", "POST", {"Transfer-Encoding": "chunked"}, 413),
+        ("/v1/fleet/push-object", "POST", {"Content-Length": "0", "Content-Type": "application/protobuf"}, 401),
+        ("/v1/fleet/pull-messages", "POST", {"Content-Length": "0", "Content-Type": "application/protobuf"}, 401),
+    ],
+)
+def test_the_gate_lets_the_calls_of_a_node_through_and_nothing_else(
+    gate: int, path: str, method: str, headers: dict[str, str], status: int
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", gate, timeout=20)
+    connection.putrequest(method, path)
+    for name, value in headers.items() or [("Content-Length", "0")]:
+        connection.putheader(name, value)
+    connection.endheaders()
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with superlink.serve(Pair(tmp_path_factory.mktemp("gate")).service, "127.0.0.1:0", None, True) as port:
+        yield port
 
 
 @pytest.mark.parametrize(
@@ -374,10 +431,25 @@ def test_unprotected_connections_are_refused(tmp_path: Path, address: str, prote
     assert "SOT827" in refused(network.check, address, certificates, plaintext)
 
 
+def test_without_flower_both_sides_say_so_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = test_split_run.config(tmp_path, SETTING)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "SOT828" in refused(sides.customer, made, "x", "127.0.0.1:1", None, True)
+    assert "SOT828" in refused(sides.vendor, made, "x", "127.0.0.1:0", None, True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_missing_certificates_and_wrong_roles_are_refused(tmp_path: Path) -> None:
-    with network.connect("127.0.0.1:1", None, True):
-        pass
-    assert "SOT827" in refused(lambda: network.connect("127.0.0.1:1", files(tmp_path, "x"), False).__enter__())
+    certificates = files(tmp_path, "x")
+    assert "SOT827" in refused(lambda: supernode.connect("127.0.0.1:1", certificates, False).__enter__())
+    for path in (certificates.certificate, certificates.private_key, certificates.authority):
+        path.write_text("SECRET")
+    for server in (True, False):
+        text = refused(certificates.context, server)
+        assert "SOT827" in text
+        assert "SECRET" not in text
     made = test_split_run.config(tmp_path, {**SETTING, "role": "vendor"})
     assert "SOT805" in refused(sides.customer, made, "x", "127.0.0.1:1", None, True)
     made = test_split_run.config(tmp_path, {**SETTING, "role": "customer"})

@@ -1,27 +1,23 @@
-"""The connection between customer and vendor: gRPC with mutual TLS.
+"""What protects the connection between customer and vendor, before Flower opens it.
 
 Both sides show a certificate that one authority has signed, so a vendor serves only the customer that it knows, and the
 customer sends only to the vendor that it knows. Without certificates it works between processes of one machine alone,
-and only when asked. What is carried is bytes; `protocol` says what they mean. Sotto opens no other connection.
+and only when asked.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import importlib.util
+import logging
+import os
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sotto.errors import SottoError
-from sotto.split.protocol import METHODS, Call, VendorService
 
-SERVICE = "sotto.split"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-DEADLINE = 600.0
-"""Seconds for one call: an upload of a piece over a slow line, or the scores of a large query."""
+SILENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 @dataclass(frozen=True)
@@ -32,24 +28,45 @@ class Certificates:
     private_key: Path
     authority: Path
 
-    def read(self) -> tuple[bytes, bytes, bytes]:
+    def context(self, server: bool) -> ssl.SSLContext:
+        """TLS with a certificate of this side, that asks the other side for its own.
+
+        Raises:
+          SottoError: SOT827, a file cannot be read or is none.
+        """
+        found = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        found.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            return self.certificate.read_bytes(), self.private_key.read_bytes(), self.authority.read_bytes()
-        except OSError as error:
+            found.load_cert_chain(self.certificate, self.private_key, password=lambda: "")
+            found.load_verify_locations(self.authority)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise SottoError(
-                "SOT827", what=f"a certificate cannot be read: {error.strerror}", where=str(error.filename),
+                "SOT827", what=f"a certificate cannot be read: {getattr(error, 'strerror', None) or 'not PEM'}",
+                where=", ".join(str(p) for p in (self.certificate, self.private_key, self.authority)),
                 why="each side has to know the other before anything is sent", fix="name three PEM files",
             ) from None  # fmt: skip
+        found.verify_mode = ssl.CERT_REQUIRED
+        return found
 
 
-def _grpc() -> Any:
-    try:
-        return importlib.import_module("grpc")
-    except ImportError:
+def require_flower() -> None:
+    """Raises SOT828 where Flower is not installed."""
+    if importlib.util.find_spec("flwr") is None:
         raise SottoError(
-            "SOT828", what="grpcio is not installed", where="sotto split vendor, sotto split customer",
+            "SOT828", what="Flower is not installed", where="sotto split vendor, sotto split customer",
             why="it carries what customer and vendor send", fix="pip install 'sotto[split]'",
-        ) from None  # fmt: skip
+        )  # fmt: skip
+
+
+def quiet() -> None:
+    """Switches off what Flower would report to its makers, and what it would log of every message."""
+    os.environ.update(SILENT)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def check(address: str, certificates: Certificates | None, plaintext: bool) -> None:
@@ -59,7 +76,7 @@ def check(address: str, certificates: Certificates | None, plaintext: bool) -> N
       SottoError: SOT827.
     """
     host, _, port = address.rpartition(":")
-    good = bool(host) and port.isdigit()
+    good = bool(host) and port.isdecimal() and int(port) < 1 << 16
     if good and (certificates is None) == plaintext and (certificates is not None or host in LOOPBACK):
         return
     raise SottoError(
@@ -69,78 +86,3 @@ def check(address: str, certificates: Certificates | None, plaintext: bool) -> N
         why="representations, and labels that are sent, must be read by the other side alone",
         fix="give --certificate, --key and --authority; or --plaintext-on-loopback with 127.0.0.1 to try it out",
     )
-
-
-@contextmanager
-def serve(service: VendorService, address: str, certificates: Certificates | None, plaintext: bool) -> Iterator[int]:
-    """Listens while the context lasts. Gives the port, which is chosen freely if the address says 0.
-
-    Raises:
-      SottoError: SOT827 not protected, SOT828 gRPC is missing, SOT829 the address cannot be listened on.
-    """
-    check(address, certificates, plaintext)
-    grpc = _grpc()
-
-    def handler(method: str) -> Any:
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: service.call(method, request))
-
-    # A larger message is refused by gRPC from its header, before it is read.
-    options = [("grpc.max_receive_message_length", service.most_bytes), ("grpc.so_reuseport", 0)]
-    server = grpc.server(ThreadPoolExecutor(max_workers=4), options=options)
-    handlers = {method: handler(method) for method in METHODS}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    try:
-        if certificates is None:
-            port = server.add_insecure_port(address)
-        else:
-            certificate, private, authority = certificates.read()
-            credentials = grpc.ssl_server_credentials([(private, certificate)], authority, require_client_auth=True)
-            port = server.add_secure_port(address, credentials)
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise SottoError(
-            "SOT829", what="the address cannot be listened on", where=address,
-            why="another program uses it, or it is not one of this machine", fix="choose another port",
-        )  # fmt: skip
-    server.start()
-    try:
-        yield port
-    finally:
-        server.stop(grace=2).wait()
-
-
-@contextmanager
-def connect(
-    address: str, certificates: Certificates | None, plaintext: bool, deadline: float = DEADLINE
-) -> Iterator[Call]:
-    """A connection to a vendor.
-
-    Raises:
-      SottoError: SOT827, SOT828; and from every call SOT829, the vendor cannot be reached or is not who it should be.
-    """
-    check(address, certificates, plaintext)
-    grpc = _grpc()
-    options = [("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0)]
-    if certificates is None:
-        channel = grpc.insecure_channel(address, options)
-    else:
-        certificate, private, authority = certificates.read()
-        credentials = grpc.ssl_channel_credentials(authority, private, certificate)
-        channel = grpc.secure_channel(address, credentials, options)
-    calls = {method: channel.unary_unary(f"/{SERVICE}/{method}") for method in METHODS}
-
-    def call(method: str, request: bytes) -> bytes:
-        try:
-            return calls[method](request, timeout=DEADLINE, wait_for_ready=False)
-        except grpc.RpcError as error:
-            raise SottoError(
-                "SOT829", what=f"the vendor cannot be reached: {error.code().name.lower()}", where=address,
-                why="it is not running, or the two sides do not accept each other's certificates",
-                fix="start the vendor, and go on with --resume; nothing that was stored is lost",
-            ) from None  # fmt: skip
-
-    try:
-        yield call
-    finally:
-        channel.close()

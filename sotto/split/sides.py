@@ -60,12 +60,15 @@ def vendor(
     """
     _role(config, "vendor")
     network.check(listen, certificates, plaintext)
+    network.require_flower()
+    from sotto.split import superlink
+
     require_writable(config)
     made = Vendor(config)
     run = _run(config, stem, resume)
     with run.locked():
         service = VendorService(made, run)
-        with network.serve(service, listen, certificates, plaintext) as port:
+        with superlink.serve(service, listen, certificates, plaintext) as port:
             if ready is not None:
                 ready(run.path, port)
             service.wait()
@@ -107,6 +110,9 @@ def customer(
     """
     _role(config, "customer")
     network.check(address, certificates, plaintext)
+    network.require_flower()
+    from sotto.split import supernode
+
     require_writable(config)
     bottom, tokenizer = load_bottom(config)
     made = Customer(config, bottom, tokenizer, noise_for(config))
@@ -119,7 +125,7 @@ def customer(
         if setting_of(config).labels == "kept":
             classes = made.agreement.classes
             book = AnswerBook(run.path / "private" / "answers.bin", label_keeper(config, made), classes)
-        with network.connect(address, certificates, plaintext) as call:
+        with supernode.connect(address, certificates, plaintext) as call:
             session = CustomerSession(call, made.agreement)
             session.upload(outbox.manifest, outbox.read)
             session.train(book)
