@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait sleep instead of spinning: several times faster where other programs want the cores too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test lint types unit test-slow fuzz crash test-gpu sbom vulnerabilities format clean
+.PHONY: install demo test lint types unit test-slow fuzz crash test-gpu sbom vulnerabilities lock format clean
 
 install: $(VENV)/.installed
 
@@ -61,6 +61,11 @@ sbom: install .venv-tools/.installed
 # Known vulnerabilities of what is installed. Asks the vulnerability service of PyPI over the network.
 vulnerabilities: install .venv-tools/.installed
 	.venv-tools/bin/pip-audit --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+# requirements.lock: every package that Sotto needs, for every platform, with the hashes of its files.
+lock: .venv-tools/.installed
+	.venv-tools/bin/uv pip compile --quiet --universal --generate-hashes --prerelease disallow --no-header --no-annotate \
+		--upgrade -c constraints.txt --extra board --extra split --extra federated pyproject.toml -o requirements.lock
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """The default zeroth-order preset against `dpzero`: scores at the same epsilon and the same number of forward passes.
 
-    python benchmarks/presets.py --model <all-MiniLM-L6-v2> --data <folder> [--task sst2] [--runs 3] [--steps 15]
+    python benchmarks/presets.py --model <all-MiniLM-L6-v2> --data <folder> [--task sst2] [--steps 15] [--few 512]
 
 Each run trains a classifier's head on a frozen encoder from losses alone (the layers below the head are computed once
 per batch, by both presets). `aggzo` takes `--steps` steps of 16 directions, `dpzero` 16 times as many steps of one:
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -26,7 +27,7 @@ import sotto
 from sotto import commands
 
 PROBES = 16
-GRID = {"aggzo": [3e-2, 1e-1, 3e-1], "dpzero": [3e-3, 1e-2, 3e-2], "laplace": [3e-3, 1e-2, 3e-2]}
+GRID = {"aggzo": [3e-2, 1e-1, 3e-1], "dpzero": [3e-3, 1e-2, 3e-2, 1e-1], "laplace": [3e-3, 1e-2, 3e-2]}
 Rows = list[tuple[str, str]]
 
 
@@ -58,6 +59,15 @@ def ag_news(folder: Path) -> tuple[Rows, Rows]:
 TASKS = {"sst2": sst2, "sst5": sst5, "ag_news": ag_news}
 
 
+def few(rows: Rows, each: int) -> Rows:
+    """So many rows of each label, in a fixed random order: the few-shot sets on which DPZero and AggZO report."""
+    rows = random.Random(0).sample(rows, len(rows))
+    kept: dict[str, Rows] = {}
+    for row in rows:
+        kept.setdefault(row[1], []).append(row)
+    return [row for of_label in kept.values() for row in of_label[:each]]
+
+
 def write(path: Path, rows: Rows) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -68,6 +78,8 @@ def write(path: Path, rows: Rows) -> None:
 class Bench:
     def __init__(self, args: argparse.Namespace, task: str, folder: Path):
         train, held = TASKS[task](args.data)
+        if args.few:
+            train = few(train, args.few)
         self.args, self.folder, self.size = args, folder / task, len(train)
         self.folder.mkdir()
         write(self.folder / "train.csv", train)
@@ -105,6 +117,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--few", type=int, help="train on so many records of each label; default: all")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--epsilon", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)

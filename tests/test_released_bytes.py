@@ -43,7 +43,7 @@ class Witness:
         def counting(session: Any, total: Any, units: Any) -> dict[str, Any]:
             numbers = private(session, total, units)
             self.numbers += total.norms.detach().flatten().tolist()
-            self.numbers += [v for v in numbers.values() if isinstance(v, float) and v not in (0.0, 1.0)]
+            self.numbers += [v for v in numbers.values() if isinstance(v, float) and len(repr(v)) > 7]
             return numbers
 
         patch.setattr(PoissonSampler, "draw", drawing)
@@ -52,9 +52,11 @@ class Witness:
 
 
 def spellings(number: float) -> list[bytes]:
-    """A number as JSON and text write it, and as tensors hold it."""
+    """A number as JSON and text write it, and as tensors hold it. Of the texts those with seven digits or more: a
+    fraction such as 0.5 stands in many places."""
     single = float(np.float32(number))
-    return [repr(number).encode(), f"{single:.6g}".encode() + b" ", f"{number:.5f}".encode(),
+    words = {repr(number), f"{single:.7g}"}
+    return [*(w.encode() for w in sorted(words) if len(w.replace(".", "").lstrip("-0")) >= 7),
             struct.pack("<d", number), struct.pack("<f", single)]  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def needles(folder: Path, run: Path, seen: Witness) -> dict[str, list[bytes]]:
     secret = json.loads((run / "private" / "secrets.json").read_text())
     return {
         "text": [text.encode() for text in texts] + [" ".join(t.split()[:3]).encode() for t in texts],
-        "canary": [tiny_runs.CANARY.encode(), tiny_runs.CANARY.lower().encode(), b"7319"],
+        "canary": [tiny_runs.CANARY.encode(), tiny_runs.CANARY.lower().encode(), b"anzibar"],
         "unit": [row["who"].encode() for row in table] + [b"patient-"],
         "key": secret_bytes(secret["sampling_key"]),
         "dataset": [secret["data"].encode(), secret["ledger"].split(".")[0].encode(), str(folder).encode()],
