@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sotto.config_types import Count, Natural, Positive, Real, Section
 
-Privatizer = Literal["none", "dx_tokens", "dx_hidden", "gaussian", "gaussian_pooled"]
+Privatizer = Literal["none", "dx_tokens", "dx_hidden", "dx_pooled", "gaussian", "gaussian_pooled"]
 
 
 class SplitSetting(Section):
@@ -22,8 +22,8 @@ class SplitSetting(Section):
     """Blocks that the customer runs: 0 is the embeddings alone."""
     privatizer: Privatizer
     """What is done to representations before they leave. `none` protects nothing. `dx_tokens` replaces tokens,
-    `dx_hidden` noises representations: metric privacy. `gaussian` and `gaussian_pooled` clip and noise all rows or
-    their mean: differential privacy of the whole text."""
+    `dx_hidden` noises representations, `dx_pooled` their mean: metric privacy. `gaussian` and `gaussian_pooled` clip
+    and noise all rows or their mean: differential privacy of the whole text."""
     eta: Positive | None = None
     """Metric privatizers: the noise has mean length width / eta. `sotto split meaning` shows what a value means."""
     epsilon: Positive | None = None
@@ -51,23 +51,28 @@ class SplitSetting(Section):
 
     @model_validator(mode="after")
     def _privatizer_has_its_numbers(self) -> SplitSetting:
-        metric = self.privatizer in ("dx_tokens", "dx_hidden")
+        metric = self.privatizer.startswith("dx_")
         if metric != (self.eta is not None):
-            raise ValueError("eta belongs to privatizer: dx_tokens or dx_hidden, and both need it")
+            raise ValueError("eta belongs to privatizer: dx_tokens, dx_hidden or dx_pooled, and they need it")
         if self.privatizer.startswith("gaussian") != (self.epsilon is not None):
             raise ValueError("epsilon belongs to privatizer: gaussian or gaussian_pooled, and both need it")
         if (self.labels != "sent") != (self.label_epsilon is not None):
             raise ValueError("label_epsilon belongs to labels: randomised or kept, and both need it")
         if self.privatizer == "dx_tokens" and self.layer != 0:
             raise ValueError("privatizer: dx_tokens sends tokens, so it needs layer: 0")
-        if self.exempt != "none" and not (metric and self.layer == 0):
+        if self.exempt != "none" and not (self.privatizer in ("dx_tokens", "dx_hidden") and self.layer == 0):
             raise ValueError(
-                "exempt needs a metric privatizer and layer: 0; above the embeddings, an unchanged row would disclose "
-                "the tokens around it as well"
+                "exempt needs privatizer: dx_tokens or dx_hidden, and layer: 0; above the embeddings, an unchanged row "
+                "would disclose the tokens around it as well"
             )
         if (self.exempt == "list") != (self.exempt_file is not None):
             raise ValueError("exempt_file belongs to exempt: list, which needs it")
         return self
+
+    @property
+    def pooled(self) -> bool:
+        """Whether one row leaves for all tokens of a text together."""
+        return self.privatizer.endswith("_pooled")
 
 
 class CentralSetting(Section):

@@ -13,7 +13,7 @@ from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise, SecureNoise
 from sotto.split import privatizers, statement
 from sotto.split.metric import meaning, nearest
-from sotto.split.privatizers import Batch, GaussianRelease, HiddenNoise, Plain, TokenSubstitution, make
+from sotto.split.privatizers import Batch, GaussianRelease, HiddenNoise, Plain, PooledNoise, TokenSubstitution, make
 
 WIDTH, VOCAB, SPECIAL = 16, 60, [0, 1, 2]
 
@@ -49,6 +49,17 @@ def test_each_row_has_its_own_noise_of_the_right_length() -> None:
     assert p > 1e-6
     wrong = stats.kstest(noised.norm(dim=1).numpy(), stats.gamma(a=WIDTH, scale=1 / 60.0).cdf).pvalue
     assert wrong < 1e-6
+
+
+def test_a_mean_has_one_noise_of_the_right_length_and_knows_no_padding() -> None:
+    many = batch((9, 4) * 400)
+    assert many.hidden_BTn is not None
+    means = torch.stack([h[:n].double().mean(0) for h, n in zip(many.hidden_BTn, many.mask_BT.sum(1), strict=True)])
+    released = PooledNoise(50.0).release(many, SecureNoise(), 0)
+    assert released.lengths_B.tolist() == [1] * 800
+    lengths = (released.rows.double() - means).norm(dim=1).numpy()
+    assert stats.kstest(lengths, stats.gamma(a=WIDTH, scale=1 / 50.0).cdf).pvalue > 1e-6
+    assert stats.kstest(lengths, stats.gamma(a=WIDTH, scale=1 / 60.0).cdf).pvalue < 1e-6
 
 
 def test_exempt_rows_have_no_noise_and_all_others_have() -> None:
@@ -139,13 +150,14 @@ def test_a_broken_bottom_is_noticed_before_anything_leaves() -> None:
     given = batch()
     assert given.hidden_BTn is not None
     given.hidden_BTn[1, 2, 0] = math.nan
-    for privatizer in (Plain(), HiddenNoise(1.0)):
+    for privatizer in (Plain(), HiddenNoise(1.0), PooledNoise(1.0)):
         with pytest.raises(SottoError) as caught:
             privatizer.release(given, DebugNoise(0), 0)
         assert caught.value.code == "SOT802"
     given.hidden_BTn[1, 2, 0] = 0.0
     given.hidden_BTn[1, 4, 0] = math.nan  # padding may hold anything
     assert Plain().release(given, DebugNoise(0), 0).rows.isfinite().all()
+    assert PooledNoise(1.0).release(given, DebugNoise(0), 0).rows.isfinite().all()
 
 
 def test_the_wire_never_overflows() -> None:
@@ -157,6 +169,7 @@ def test_the_wire_never_overflows() -> None:
 SETTINGS = [
     ({"privatizer": "none"}, Plain),
     ({"privatizer": "dx_hidden", "eta": 2.0, "layer": 3}, HiddenNoise),
+    ({"privatizer": "dx_pooled", "eta": 2.0, "layer": 3}, PooledNoise),
     ({"privatizer": "dx_tokens", "eta": 2.0}, TokenSubstitution),
     ({"privatizer": "gaussian", "epsilon": 2.0, "layer": 2}, GaussianRelease),
     ({"privatizer": "gaussian_pooled", "epsilon": 2.0, "layer": 2}, GaussianRelease),
@@ -170,6 +183,8 @@ def test_the_configuration_names_the_privatizer(values: dict, kind: type) -> Non
     assert type(made) is kind
     rows = made.release(batch(), DebugNoise(0), 0).rows
     assert rows.dtype == (torch.int32 if made.sends_ids else torch.float16)
+    if setting.pooled:
+        assert len(rows) == len(batch().ids_BT)
     if isinstance(made, GaussianRelease):
         assert made.rows == (12 if values["privatizer"] == "gaussian" else 1)
 
@@ -178,6 +193,8 @@ def test_the_configuration_names_the_privatizer(values: dict, kind: type) -> Non
     "values",
     [
         {"privatizer": "dx_hidden"},
+        {"privatizer": "dx_pooled"},
+        {"privatizer": "dx_pooled", "eta": 1.0, "exempt": "selected"},
         {"privatizer": "none", "eta": 1.0},
         {"privatizer": "gaussian", "eta": 1.0, "epsilon": 1.0},
         {"privatizer": "gaussian"},

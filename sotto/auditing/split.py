@@ -18,7 +18,7 @@ from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.privacy.noise import NoiseSource, SecureNoise
-from sotto.split import inference, inversion
+from sotto.split import bags, inference, inversion
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.labels import LabelKeeper
 from sotto.split.vendor import passes as passes_of
@@ -34,8 +34,9 @@ class SplitReport:
 
     Attributes:
       privatizer, layer: what was attacked.
-      recovered: attack -> part of the tokens that it recovered; exempt and special ones apart.
-      baseline: the part that naming the commonest token every time recovers.
+      recovered: attack -> part of the tokens that it recovered; exempt and special ones apart. Where one row was sent
+        for a whole text, of its different words.
+      baseline: the part that naming the commonest token, or words, every time recovers.
       exempt: the part of all tokens that is exempt, and therefore disclosed.
       attribute, attribute_baseline: accuracy of inferring a text's class from what was sent, and of the best guess.
       labels: accuracy of inferring kept labels from all answers; None where they are not kept.
@@ -57,13 +58,13 @@ class SplitReport:
 
     @property
     def strongest(self) -> str:
-        """The attack that recovered most, or `none` where no attack recovers tokens one by one."""
-        return max(self.recovered, key=self.recovered.__getitem__, default="none")
+        """The attack that recovered most."""
+        return max(self.recovered, key=self.recovered.__getitem__)
 
     @property
-    def empirical_privacy(self) -> float | None:
+    def empirical_privacy(self) -> float:
         """1 - the success of the strongest attack."""
-        return 1 - max(self.recovered.values()) if self.recovered else None
+        return 1 - max(self.recovered.values())
 
     bug = False
     """No bound is promised that these attacks could refute."""
@@ -78,9 +79,8 @@ class SplitReport:
         ]
         for name, part in sorted(self.recovered.items(), key=lambda item: -item[1]):
             lines.append(f"  {name:<22} recovered {part:.1%} of the tokens")
-        if self.recovered:
-            lines.append(f"  {'(commonest token)':<22} recovered {self.baseline:.1%}")
-            lines.append(f"empirical privacy {self.empirical_privacy:.3f}   against the strongest: {self.strongest}")
+        lines.append(f"  {'(commonest token)':<22} recovered {self.baseline:.1%}")
+        lines.append(f"empirical privacy {self.empirical_privacy:.3f}   against the strongest: {self.strongest}")
         if self.exempt:
             lines.append(f"exempt words     {self.exempt:.1%} of all tokens, disclosed and not counted above")
         lines.append(f"class inferred   {self.attribute:.1%}   (best guess {self.attribute_baseline:.1%})")
@@ -118,14 +118,17 @@ def audit_split(
         )  # fmt: skip
     target = look(customer, data.examples, attacked)
     fresh = lambda: look(customer, data.examples, known)  # noqa: E731 - a name for a drawing, not a function's
-    recovered = {} if target.pooled else invert(customer, target, fresh, passes, seed)
+    recovered = (find_words if target.pooled else invert)(customer, target, fresh, passes, seed)
     counted = target.ids_ET[target.counted_ET]
+    baseline = float((counted == counted.mode().values).double().mean()) if len(counted) else 0.0
+    if target.pooled:
+        baseline = bags.commonest(fresh(), target, len(bottom.table_Vn))
     classes = len(config.data.labels or ())
     return SplitReport(
         privatizer=customer.setting.privatizer,
         layer=customer.setting.layer,
         recovered=recovered,
-        baseline=float((counted == counted.mode().values).double().mean()) if len(counted) else 0.0,
+        baseline=baseline,
         exempt=float(target.exempt_ET.sum() / target.mask_ET.sum()),
         attribute=inference.infer_attribute(fresh, target, bottom.table_Vn, classes, passes, seed),
         attribute_baseline=inference.best_guess(target.labels_E),
@@ -136,13 +139,25 @@ def audit_split(
     )
 
 
+def find_words(
+    customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int = 0
+) -> dict[str, float]:
+    """Attack -> part of the target's words that it names, where one row was sent for all of them."""
+    return bags.recover(customer.bottom, _ordinary(customer), target, fresh, passes, SEARCHED, seed)
+
+
+def _ordinary(customer: Customer) -> torch.Tensor:
+    """Tokens that are not special ones."""
+    ordinary = torch.ones(len(customer.bottom.table_Vn), dtype=torch.bool)
+    ordinary[customer.special] = False
+    return torch.nonzero(ordinary).flatten()
+
+
 def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int = 0) -> dict[str, float]:
     """Attack -> part of the target's tokens that it recovers."""
     bottom, view = customer.bottom, fresh()
     table, most = bottom.table_Vn, max(target.ids_ET.shape[1], view.ids_ET.shape[1])
-    ordinary = torch.ones(len(table), dtype=torch.bool)
-    ordinary[customer.special] = False
-    tokens = torch.nonzero(ordinary).flatten()
+    tokens = _ordinary(customer)
     by_distance = inversion.Nearest(bottom, tokens)
 
     def as_rows(view: View) -> torch.Tensor:
@@ -182,5 +197,5 @@ def _kept_labels(config: Config, customer: Customer) -> float | None:
 def _notes(target: View) -> tuple[str, ...]:
     notes = ["a better attack may find more; this is no bound", "these numbers are functions of private data"]
     if target.pooled:
-        notes.insert(0, "one row was sent for all tokens of a text: no attack here recovers tokens one by one")
+        notes.insert(0, "one row was sent for all tokens of a text: attacks name its words, and are told how many")
     return tuple(notes)

@@ -215,14 +215,19 @@ class Customer:
         return meaning(self.probe(), self.setting.eta, self.noise)
 
     def probe(self, sentences: int = 100, length: int = 20) -> torch.Tensor:
-        """(V, n) public representations at the cut, without noise."""
+        """(V, n) public representations at the cut, without noise: of tokens, or of sentences where those leave."""
         excluded = set(self.special)
         known = [i for i in range(len(self.bottom.table_Vn)) if i not in excluded]
         if self.setting.privatizer == "dx_tokens":
             return self.bottom.table_Vn[known]
+        if self.setting.pooled:
+            sentences *= 10
         generator = torch.Generator().manual_seed(0)
         picked = torch.tensor(known)[torch.randint(len(known), (sentences, length), generator=generator)]
-        return self.bottom.hidden({"input_ids": picked, "attention_mask": torch.ones_like(picked)}).flatten(0, 1)
+        batches = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in picked.split(BATCH))
+        parts = [self.bottom.hidden(batch) for batch in batches]
+        hidden = torch.cat([part.mean(dim=1, keepdim=True) if self.setting.pooled else part for part in parts])
+        return hidden.flatten(0, 1)
 
     def facts(self) -> Facts:
         """For the statement."""
@@ -269,7 +274,7 @@ def agreement(config: Config, bottom: Bottom) -> Agreement:
         vocabulary=len(bottom.table_Vn),
         classes=len(config.data.labels or ()),
         labels=setting.labels,
-        max_rows=1 if setting.privatizer == "gaussian_pooled" else config.data.max_length,
+        max_rows=1 if setting.pooled else config.data.max_length,
     )
 
 

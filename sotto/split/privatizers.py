@@ -5,6 +5,7 @@
 | `none` | representations | none |
 | `dx_tokens` | token ids, each the nearest to its noised embedding | eta * distance of embeddings, per token |
 | `dx_hidden` | noised representations | eta * distance of representations, per token |
+| `dx_pooled` | one noised row, the mean of the tokens | eta * distance of the means, per text |
 | `gaussian` | `max_length` noised rows | (epsilon, delta), for the replacement of the whole text |
 | `gaussian_pooled` | one noised row, the mean of the tokens | (epsilon, delta), for the replacement of the whole text |
 
@@ -94,6 +95,22 @@ class HiddenNoise:
         if self.exempt_V is not None:
             drawn_Nn[self.exempt_V[token_ids(batch)]] = 0.0
         return Released(batch.mask_BT.sum(dim=1), to_wire(rows_Nn.double() + drawn_Nn))
+
+
+@dataclass(frozen=True)
+class PooledNoise:
+    """d_X noise on the mean of a text's representations, which is all that leaves of it."""
+
+    eta: float
+    sends_ids: ClassVar[bool] = False
+
+    def release(self, batch: Batch, noise: NoiseSource, step: int) -> Released:
+        token_rows(batch)  # refuses what is not finite
+        assert batch.hidden_BTn is not None
+        keep = batch.mask_BT.bool().unsqueeze(-1)
+        mean_Bn = masked_mean(batch.hidden_BTn.double().masked_fill(~keep, 0.0), batch.mask_BT)
+        drawn_Bn = dx_noise(len(mean_Bn), mean_Bn.shape[1], self.eta, noise, step=step)
+        return Released(torch.ones(len(mean_Bn), dtype=torch.int64), to_wire(mean_Bn + drawn_Bn))
 
 
 class TokenSubstitution:
@@ -218,12 +235,13 @@ def make(
     kind = setting.privatizer
     if kind == "none":
         return Plain()
-    if kind in ("dx_tokens", "dx_hidden"):
+    if kind.startswith("dx_"):
         assert setting.eta is not None
+        if kind == "dx_pooled":
+            return PooledNoise(setting.eta)
         if kind == "dx_tokens":
             return TokenSubstitution(table_Vn, setting.eta, special, exempt_V)
         return HiddenNoise(setting.eta, exempt_V)
     assert setting.epsilon is not None
-    pooled = kind == "gaussian_pooled"
-    rows = 1 if pooled else max_length
-    return GaussianRelease.calibrated(rows, pooled, setting.clip_norm, setting.epsilon, setting.delta)
+    rows = 1 if setting.pooled else max_length
+    return GaussianRelease.calibrated(rows, setting.pooled, setting.clip_norm, setting.epsilon, setting.delta)

@@ -55,7 +55,7 @@ def explain(config: Config) -> dict[str, float]:
         raise SottoError(
             "SOT804", what=f"privatizer '{setting_of(config).privatizer}' has no eta", where="setting.privatizer",
             why="only the metric privatizers need to be explained by distances; the others state their epsilon",
-            fix="set setting.privatizer to dx_tokens or dx_hidden",
+            fix="set setting.privatizer to dx_tokens, dx_hidden or dx_pooled",
         )  # fmt: skip
     return {
         **asdict(found),

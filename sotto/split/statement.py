@@ -89,11 +89,11 @@ def _protection(facts: Facts) -> str:
             "Depth is no protection."
         )
     if facts.meaning is not None:
-        return _metric(facts.meaning)
+        return _metric(facts.meaning, facts.setting.pooled)
     assert facts.epsilon is not None
     hidden = (
         "the mean of its tokens is all that left"
-        if facts.setting.privatizer == "gaussian_pooled"
+        if facts.setting.pooled
         else f"always {facts.max_length} rows left, so its length is hidden too"
     )
     return (
@@ -103,15 +103,18 @@ def _protection(facts: Facts) -> str:
     )
 
 
-def _metric(m: Meaning) -> str:
+def _metric(m: Meaning, pooled: bool) -> str:
+    one, many = ("text", "sentences of random tokens") if pooled else ("token", "public tokens")
+    scope = "for the mean of a text's tokens, which is all that left of it" if pooled else "for each token by itself"
+    summed = "" if pooled else "Over a text these exponents add up. "
     return (
-        f"Metric privacy (d_X) with eta {m.eta:g}, for each token by itself. This is not differential privacy of the "
-        f"text, and eta is no epsilon. The noise on a token has mean length {m.noise_length:.3g}; the nearest other "
-        f"token lies at {m.nearest_distance:.3g} (median). After the noise a token was still the nearest to its own "
-        f"representation in {m.survival:.1%} of {m.probes:,} trials on public tokens. What was sent is at most "
-        f"e^{m.close_ratio:.3g} times likelier under one token than under another that is as close as the closest 1 % "
-        f"of pairs (eta times distance), and at most e^{m.median_ratio:.3g} times at the median distance. Over a text "
-        "these exponents add up. Measure what an attacker recovers with 'sotto audit --split'."
+        f"Metric privacy (d_X) with eta {m.eta:g}, {scope}. This is not differential privacy of the text, and eta is "
+        f"no epsilon. The noise on a {one} has mean length {m.noise_length:.3g}; the nearest other {one} lies at "
+        f"{m.nearest_distance:.3g} (median). After the noise a {one} was still the nearest to its own representation "
+        f"in {m.survival:.1%} of {m.probes:,} trials on {many}. What was sent is at most e^{m.close_ratio:.3g} times "
+        f"likelier under one {one} than under another that is as close as the closest 1 % of pairs (eta times "
+        f"distance), and at most e^{m.median_ratio:.3g} times at the median distance. {summed}Measure what an attacker "
+        "recovers with 'sotto audit --split'."
     )
 
 
@@ -147,7 +150,7 @@ def _labels(facts: Facts) -> str:
 
 
 def _not_covered(facts: Facts) -> str:
-    length = "" if facts.setting.privatizer.startswith("gaussian") else "the length of each text in tokens, "
+    length = "" if facts.setting.pooled or facts.epsilon is not None else "the length of each text in tokens, "
     return (
         f"Still open: {length}the number of texts, when they were sent, and what several texts of one person tell "
         "together. The trained model is a function of what was sent and carries no guarantee beyond that."
