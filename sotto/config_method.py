@@ -31,7 +31,7 @@ class MethodSection(Section):
     half the numbers to noise, and to send in a federated run."""
     side_reduction: Count = 8
     """How much narrower a side network is than the model."""
-    side_every: Count = 1
+    side_every: Count = 2
     """A side layer beside every so many of the model's layers, counted from the last."""
     side_block: Literal["auto", "layer", "light"] = "auto"
     """`layer`: the model's own kind of layer at reduced width. `light`: a norm and a low-rank MLP. `auto`: the first of

@@ -77,7 +77,7 @@ def build(family: str) -> Any:
 
 def with_side(family: str, **options: Any) -> Any:
     """With a side network that has been trained a little, so that every parameter has a gradient."""
-    whole = add_side(build(family), SideOptions(**{"reduction": 2, **options}), seed=0)
+    whole = add_side(build(family), SideOptions(**{"reduction": 2, "every": 1, **options}), seed=0)
     tiny_models.perturb(whole)
     return whole
 
@@ -89,10 +89,10 @@ def test_the_start_is_the_backbone_bit_for_bit(family: str, init: str):
     before = support.dummy_logits(model)
     if init == "prune" and family in LIGHT:
         with pytest.raises(SottoError, match=r"SOT34[13]"):
-            add_side(model, SideOptions(reduction=2, init="prune"), seed=0)
+            add_side(model, SideOptions(reduction=2, every=1, init="prune"), seed=0)
         torch.testing.assert_close(support.dummy_logits(model), before, rtol=0, atol=0)
         return
-    whole = add_side(model, SideOptions(reduction=2, init=init), seed=0)  # type: ignore[arg-type]
+    whole = add_side(model, SideOptions(reduction=2, every=1, init=init), seed=0)  # type: ignore[arg-type]
     assert whole.config.options["block"] == ("light" if family in LIGHT else "layer")
     batch = support.dummy_batch(model)
     assert torch.equal(support.dummy_logits(whole, batch), before)
@@ -127,7 +127,7 @@ def test_the_oracle_would_notice_a_wrong_gate():
 
 
 def test_the_first_step_from_the_zero_start_is_exact_too():
-    whole = add_side(build("gpt2"), SideOptions(reduction=2), seed=0).double().train()
+    whole = add_side(build("gpt2"), SideOptions(reduction=2, every=1), seed=0).double().train()
     engine = check(whole, losses_of(whole, batch_of()), B, algorithm="book_keeping", tolerance=1e-8, slow=set())
     reached = {n for n, g in engine.zeros().gradients.items() if g is not None}
     assert "side.up.weight" in reached
@@ -175,7 +175,7 @@ def test_the_width_is_whole_heads_of_the_models_own_size(config: Any, width: int
 def test_initialisation_is_seeded_and_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    one, two, other = (add_side(build("bert"), SideOptions(reduction=2), seed=s) for s in (3, 3, 4))
+    one, two, other = (add_side(build("bert"), SideOptions(reduction=2, every=1), seed=s) for s in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     same = [torch.equal(a, b) for a, b in zip(one.side.parameters(), two.side.parameters(), strict=True)]
     assert all(same)
@@ -189,7 +189,7 @@ def test_pruning_keeps_the_largest_heads_and_neurons_and_fits_together():
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             linear.weight[linear.weight.shape[0] // 2 :] *= 10  # the second group of heads is the largest
         layer.mlp.up_proj.weight[[1, 5, 9]] *= 50
-    side: Any = add_side(model, SideOptions(reduction=2, init="prune"), seed=0).side
+    side: Any = add_side(model, SideOptions(reduction=2, every=1, init="prune"), seed=0).side
     kept_s = side.entry.weight.nonzero()[:, 1]
     assert len(kept_s) == 8
     assert torch.equal(kept_s, kept_s.sort().values)
@@ -235,7 +235,9 @@ def test_earlier_keys_and_values_are_refused():
 
 def test_the_backbone_runs_without_a_graph_and_in_evaluation_mode():
     config = BertConfig(**SMALL, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    whole: Any = add_side(AutoModelForSequenceClassification.from_config(config).eval(), SideOptions(reduction=2), 0)
+    whole: Any = add_side(
+        AutoModelForSequenceClassification.from_config(config).eval(), SideOptions(reduction=2, every=1), 0
+    )
     whole.train()
     assert whole.training
     assert whole.side.training
@@ -391,7 +393,7 @@ def test_a_class_that_cannot_be_shrunk_is_named_when_it_was_asked_for():
     model = build("deberta")
     before = support.dummy_logits(model)
     with pytest.raises(SottoError, match=r"SOT341.*DebertaV2Layer") as caught:
-        add_side(model, SideOptions(reduction=2, block="layer"), seed=0)
+        add_side(model, SideOptions(reduction=2, every=1, block="layer"), seed=0)
     assert "light" in str(caught.value)
     assert all("forward" not in m.__dict__ for m in model.modules())
     assert torch.equal(support.dummy_logits(model), before)

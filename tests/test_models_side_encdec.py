@@ -66,7 +66,7 @@ def build(family: str) -> Any:
 
 
 def with_side(family: str, **options: Any) -> Any:
-    whole = add_side(build(family), SideOptions(**{"reduction": 2, **options}), seed=0)
+    whole = add_side(build(family), SideOptions(**{"reduction": 2, "every": 1, **options}), seed=0)
     tiny_models.perturb(whole)
     return whole
 
@@ -95,7 +95,7 @@ def losses_of(model: Any) -> Any:
 def test_the_start_is_the_backbone_bit_for_bit(family: str, block: Any):
     model = build(family)
     before = support.dummy_logits(model)
-    whole = add_side(model, SideOptions(reduction=2, block=block), seed=0)
+    whole = add_side(model, SideOptions(reduction=2, every=1, block=block), seed=0)
     assert whole.config.options["block"] == ("layer" if block == "auto" else "light")
     assert len(whole.side.blocks) == 3, "beside the decoder's layers"
     batch = support.dummy_batch(model)
@@ -113,7 +113,7 @@ def test_gradients_per_unit_are_exact(family: str, options: dict[str, Any]):
 
 
 def test_side_layers_have_the_backbones_own_table_of_distances():
-    whole: Any = add_side(build("t5"), SideOptions(reduction=2), seed=0)
+    whole: Any = add_side(build("t5"), SideOptions(reduction=2, every=1), seed=0)
     tables = [whole.stack.layers[0].layer[0].SelfAttention.relative_attention_bias.weight,
               whole.side.blocks[0].layer[0].SelfAttention.relative_attention_bias.weight]  # fmt: skip
     assert torch.equal(tables[0][:, :2], tables[1])
@@ -178,7 +178,7 @@ def test_stored_outputs_stand_in_for_the_decoders_layers(family: str):
 def test_what_is_not_made_for_two_stacks_is_refused():
     model = build("bart")
     with pytest.raises(SottoError, match="SOT343"):
-        add_side(model, SideOptions(reduction=2, init="prune"), seed=0)
+        add_side(model, SideOptions(reduction=2, every=1, init="prune"), seed=0)
     with pytest.raises(SottoError, match=r"SOT340.*an encoder and a decoder"):
         make_reversible(build("t5"), ReversibleOptions())
 

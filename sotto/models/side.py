@@ -47,7 +47,7 @@ class SideOptions:
     """
 
     reduction: int = 8
-    every: int = 1
+    every: int = 2
     block: Literal["auto", "layer", "light"] = "auto"
     init: Literal["random", "prune"] = "random"
 
