@@ -216,12 +216,14 @@ def evaluate(
     run: RunPath,
     data: Annotated[str | None, typer.Option(help="Held-out file; default: data.eval of the run.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    epsilon: Annotated[float | None, typer.Option(help="For a noisy score, charged to that data's ledger.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of the noisy score; default: the run's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run on held-out data. The score is an exact function of that data."""
+    """Score a run on held-out data: exactly, which is as private as that data, or with noise (--epsilon)."""
     from sotto import commands
 
-    scores = commands.evaluate(find_run(run), data, batch_size)
+    scores = commands.evaluate(find_run(run), data, batch_size, epsilon, delta)
     if as_json:
         _print_json(scores)
     else:

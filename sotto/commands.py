@@ -206,20 +206,29 @@ def run_session(
     )
 
 
-def evaluate(path: str | Path, data: str | None = None, batch_size: int = 64) -> dict[str, float]:
-    """Scores a run on held-out data.
+def evaluate(
+    path: str | Path,
+    data: str | None = None,
+    batch_size: int = 64,
+    epsilon: float | None = None,
+    delta: float | None = None,
+) -> dict[str, float]:
+    """Scores a run on held-out data: exactly, or with noise and at a price (see `sotto.noisy_scores`).
 
     Args:
       path: a run folder.
       data: a file of the shape of the training data; default: `data.eval` of the run.
+      epsilon, delta: of a noisy score, charged to the ledger of that data. Without epsilon the score is exact.
 
     Returns:
-      classification: accuracy, loss, examples. generation: nats_per_token, perplexity, examples, tokens.
-      These are exact functions of the evaluation data: if it is private, so are they.
+      classification: accuracy, loss, examples. generation: nats_per_token, perplexity, examples, tokens. A noisy one:
+      accuracy or nats_per_token, the mean over units; margin_95, of the noise; units; epsilon, delta.
     """
-    from sotto.evaluation import evaluate_run
+    from sotto import evaluation, noisy_scores
 
-    return evaluate_run(Path(path), data, batch_size)
+    if epsilon is None:
+        return evaluation.evaluate_run(Path(path), data, batch_size)
+    return noisy_scores.noisy_score(Path(path), data, epsilon, delta, batch_size)
 
 
 def audit(
@@ -350,25 +359,9 @@ def ledger(
       epsilon, delta: a budget for the dataset as a whole; a run that would pass it is refused.
       close: name of a run that will not go on. What it had planned and not spent becomes free; what it spent stays.
     """
-    from sotto.data.load import ledger_id, load_dataset_for
-    from sotto.models import load as models_load
-    from sotto.models import source
-    from sotto.privacy.ledger import Ledger
+    from sotto.spending import spending
 
-    config = _config(config)
-    relation = config.privacy.neighboring_relation
-    if delta is not None and epsilon is None:
-        raise SottoError("SOT401", what="a budget's delta was given without its epsilon", where="budget_delta",
-                         why="a budget is a pair of both", fix="give budget_epsilon as well")  # fmt: skip
-    tokenizer = models_load.load_tokenizer(source.resolve(config.model.name, config.model.revision))
-    book = Ledger.open(ledger_id(config, load_dataset_for(config, tokenizer, "train").fingerprint))
-    if epsilon is not None:
-        book.set_budget(epsilon, delta if delta is not None else config.privacy.delta, relation)
-    if close is not None:
-        book.close_run(close)
-    delta = config.privacy.delta
-    total = book.spent(delta, relation)
-    return {**book.summary(), "total": total, "total_delta": delta}
+    return spending(_config(config), epsilon, delta, close)
 
 
 def init(

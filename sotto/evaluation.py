@@ -23,7 +23,18 @@ from sotto.session import choose_device
 def evaluate_run(path: Path, data: str | None, batch_size: int) -> dict[str, float]:
     """See `sotto.evaluate`."""
     run = RunDir.open(path)
-    config = run.config()
+    config = held_out(run.config(), data)
+    run.verify_model()
+    model, tokenizer = exported_model(run.path)
+    return score(model, tokenizer, config, batch_size)
+
+
+def held_out(config: Config, data: str | None) -> Config:
+    """The configuration with the evaluation data that was named, if any.
+
+    Raises:
+      SottoError: SOT520, there is none.
+    """
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"eval": data, "eval_split": None})})
     if not has_eval(config.data):
@@ -31,9 +42,7 @@ def evaluate_run(path: Path, data: str | None, batch_size: int) -> dict[str, flo
             "SOT520", what="there is no evaluation data", where="data.eval",
             why="a score on the training data would say nothing, and would be private", fix="--data <file>",
         )  # fmt: skip
-    run.verify_model()
-    model, tokenizer = _load(run.path)
-    return score(model, tokenizer, config, batch_size)
+    return config
 
 
 def score(model: nn.Module, tokenizer: Any, config: Config, batch_size: int = 64) -> dict[str, float]:
@@ -63,7 +72,7 @@ def score(model: nn.Module, tokenizer: Any, config: Config, batch_size: int = 64
     return {"nats_per_token": nats, "perplexity": math.exp(min(nats, 700)), "examples": count, "tokens": tokens}
 
 
-def _load(path: Path) -> tuple[nn.Module, Any]:
+def exported_model(path: Path) -> tuple[nn.Module, Any]:
     """The exported model of a run folder, or an exported folder itself."""
     folder = path / "model" if (path / "plan.json").exists() else path
     if not folder.is_dir():
@@ -79,7 +88,7 @@ def _load(path: Path) -> tuple[nn.Module, Any]:
 
 def generate_text(path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int | None) -> str:
     """See `sotto.generate`."""
-    model, tokenizer = _load(path)
+    model, tokenizer = exported_model(path)
     if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: True)():
         raise SottoError("SOT522", what="this model classifies; it does not write", where=str(path),
                          why="it has no language model head", fix="use 'sotto evaluate'")  # fmt: skip
