@@ -250,7 +250,55 @@ def test_with_noise_of_the_users_the_server_has_a_number_too(tmp_path: Path):
     assert 1.0 < sums.epsilon < alone.epsilon
 
 
+MASKED: dict[str, Any] = {"noise": "clients", "dropouts": 0.5, "masks": True}
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"codec": "srht", "latent": 300}, {"sites": 4}], ids=["users", "srht", "sites"]
+)
+def test_a_run_with_masks_ends_at_the_weights_of_one_without(setting: dict[str, Any], tmp_path: Path):
+    runs = []
+    for masks in (True, False):
+        (tmp_path / str(masks)).mkdir()
+        runs.append(simulate(debug(tmp_path / str(masks), setting={**MASKED, **setting, "masks": masks})))
+    tiny_runs.assert_same(*(tiny_runs.final_weights(run.path) for run in runs))
+    masked, plain = (
+        [json.loads(line)["answers"] for line in (run.path / "metrics.private.jsonl").read_text().splitlines()]
+        for run in runs
+    )
+    assert [round["answered"] for round in masked] == [round["answered"] for round in plain]
+    assert all(round["answered"] for round in masked)
+    assert all(m["moved"]["messages up"] == p["moved"]["messages up"] for m, p in zip(masked, plain, strict=True))
+
+
+@pytest.mark.parametrize("sites", [None, 6])
+def test_with_masks_the_statement_counts_whose_noise_is_known_to_whom(sites: int | None, tmp_path: Path):
+    """Six shares at least are in every sum; whoever has added some of them subtracts those."""
+    from sotto.privacy.accounting import Gaussian, PoissonGaussian, composed_epsilon
+    from sotto.privacy.adversaries import adversaries
+
+    setting = {**MASKED, "sites": sites, "dropouts": 0.0 if sites else 0.5}
+    plan = sotto.plan(config(tmp_path, setting=setting))
+    share = plan.noise_multiplier / 6**0.5
+
+    def left(shares: int) -> float:
+        """Epsilon of the sum of so many shares."""
+        noise = share * shares**0.5
+        event = PoissonGaussian(noise, plan.sampling_prob) if sites else Gaussian(noise)
+        return composed_epsilon([(event, 4)], plan.delta, plan.neighboring_relation)
+
+    found = adversaries(plan, 1.0, 4)
+    assert [a.epsilon for a in found] == [1.0, *(pytest.approx(left(n), rel=1e-6) for n in (5, 6, 3, 1))]
+    assert "any one other" in found[1].who
+    assert "3 of the" in found[3].who
+    unmasked = adversaries(sotto.plan(config(tmp_path, setting={**setting, "masks": False})), 1.0, 4)
+    assert unmasked[2].epsilon == pytest.approx(left(1), rel=1e-6)
+
+
 REFUSED = [
+    ({"masks": True}, {}, "noise: clients"),
+    ({**MASKED, "dropouts": 0.9}, {}, "two users"),
+    ({**MASKED, "sites": 3, "dropouts": 0.4}, {}, "two users"),
     ({"codec": "srht"}, {}, "latent"),
     ({"latent": 5}, {}, "latent"),
     ({"codec": "subspace", "latent": 5}, {}, "public_data"),
@@ -287,11 +335,18 @@ def test_the_codec_may_not_change_when_a_run_goes_on(tmp_path: Path):
         sotto.resume(run.path)
 
 
-@pytest.mark.parametrize(("noise", "word"), [("server", "no guarantee"), ("clients", "a server of sums epsilon")])
-def test_a_plan_says_against_whom_before_anything_is_read(noise: str, word: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ({"noise": "server"}, "no guarantee"),
+        ({"noise": "clients"}, "a server of sums epsilon"),
+        ({"noise": "clients", "masks": True}, "and half of them epsilon"),
+    ],
+)
+def test_a_plan_says_against_whom_before_anything_is_read(setting: dict[str, Any], word: str, tmp_path: Path):
     from sotto.report import plan_text
 
-    assert word in plan_text.render(sotto.plan(config(tmp_path, {"noise": noise})))
+    assert word in plan_text.render(sotto.plan(config(tmp_path, setting)))
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

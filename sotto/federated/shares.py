@@ -14,8 +14,8 @@ rounded: what is done to the Gaussian there is post-processing. With s >= 64 her
 sum is covered as the Gaussian of all shares together. That needs users who follow their orders: one who sends no noise
 leaves that much less of it for the others.
 
-Masks are not part of this: Flower's SecAgg+ exists for its older interface alone. Without them the server could look at
-single messages, and the statement says what holds then.
+With `masks` (`masking`) the server sees sums of these messages alone. Without them it could look at single ones, and
+the statement says what holds then.
 """
 
 from __future__ import annotations
@@ -74,6 +74,14 @@ class Shares:
     def longest(self, size: int) -> float:
         """Norm, in units, that a message of k numbers does not exceed but with probability below 10^-13."""
         return (self.reach + self.std * (math.sqrt(size) + 8)) / self.unit
+
+    def word(self, users: int) -> type[np.uint32] | type[np.uint64]:
+        """Of masked messages: 32 bits where the sum of so many cannot leave them, else 64, which none of int32 leaves.
+
+        With 32 bits an honest sum wraps with probability below 10^-32 per number: twelve deviations of the noise.
+        """
+        most = users * (self.reach / self.unit + 1) + 12 * math.sqrt(users) * self.std / self.unit
+        return np.uint32 if most < 2.0**31 else np.uint64
 
     def missing(self, answers: int, size: int, noise: NoiseSource, step: int) -> torch.Tensor:
         """(k,) float64: the shares of those below `least` who did not answer, in units."""

@@ -37,6 +37,8 @@ def render(plan: Plan) -> str:
 def _against(plan: Plan, epsilon: float) -> list[str]:
     found = adversaries(plan, epsilon, plan.steps)
     heads = ("against others", "a server of sums", "this server")
+    if plan.setting and plan.setting.get("masks"):
+        heads = ("against others", "one of them", "this server", "and half of them", "without masks")
     return [
         f"{head:<17}" + ("no guarantee" if a.epsilon is None else f"epsilon {round_up(a.epsilon)}")
         for head, a in zip(heads, found, strict=True)
