@@ -295,6 +295,23 @@ def test_with_masks_the_statement_counts_whose_noise_is_known_to_whom(sites: int
     assert unmasked[2].epsilon == pytest.approx(left(1), rel=1e-6)
 
 
+def test_a_plan_says_how_many_masked_rounds_are_lost(tmp_path: Path):
+    """The chance that fewer than nine of 60 users are drawn, each with probability 1/5."""
+    import math
+
+    from sotto.privacy.adversaries import lost_rounds
+    from sotto.report import plan_text
+
+    few = sum(math.comb(60, m) * 0.2**m * 0.8 ** (60 - m) for m in range(9))
+    plan = sotto.plan(config(tmp_path, setting={**MASKED, "dropouts": 0.25}))
+    assert lost_rounds(plan) == pytest.approx(few, rel=1e-9)
+    assert f"lost rounds      {few:.2g} of all" in plan_text.render(plan)
+    for setting in ({"noise": "clients"}, {**MASKED, "sites": 4}):
+        other = sotto.plan(config(tmp_path, setting=setting))
+        assert lost_rounds(other) == 0
+        assert "lost rounds" not in plan_text.render(other)
+
+
 REFUSED = [
     ({"masks": True}, {}, "noise: clients"),
     ({**MASKED, "dropouts": 0.9}, {}, "two users"),

@@ -8,6 +8,7 @@ who know some of the noise, because it is their own.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,17 @@ def share_multiplier(noise_multiplier: float, expected_users: int, dropouts: flo
 def least_answers(expected_users: int, dropouts: float) -> int:
     """The number of answers whose shares are all of the noise. With fewer the server adds what is missing."""
     return max(1, int((1 - dropouts) * expected_users))
+
+
+def lost_rounds(plan: Plan) -> float:
+    """Probability that a round draws fewer users than can be unmasked: masks need as many as carry the noise.
+
+    Zero without masks, and for sites, all of which are asked.
+    """
+    if not plan.setting or not plan.setting.get("masks") or plan.setting["sites"]:
+        return 0.0
+    least = max(2, least_answers(plan.expected_batch_size, plan.setting["dropouts"]))
+    return float(importlib.import_module("scipy.stats").binom.cdf(least - 1, plan.num_units, plan.sampling_prob))
 
 
 def adversaries(plan: Plan, epsilon: float, rounds: int) -> list[Adversary]:
