@@ -194,8 +194,8 @@ def shares_for(config: Config) -> Shares | None:
     setting, plan = setting_of(config), make_plan(config)
     if setting.noise != "clients":
         return None
-    expected = setting.sites or plan.expected_batch_size
-    return Shares.of(plan.clip_norm, plan.noise_multiplier, expected, setting.dropouts, reach_for(config))
+    expected, registered = (setting.sites, None) if setting.sites else (plan.expected_batch_size, plan.num_units)
+    return Shares.of(plan.clip_norm, plan.noise_multiplier, expected, setting.dropouts, reach_for(config), registered)
 
 
 def reach_for(config: Config) -> float | None:

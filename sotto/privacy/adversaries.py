@@ -50,6 +50,11 @@ def least_answers(expected_users: int, dropouts: float) -> int:
     return max(1, int((1 - dropouts) * expected_users))
 
 
+def most_answers(registered: int, sampling_prob: float) -> int:
+    """The number of users that a round does not draw more of, but with probability below 10^-12."""
+    return int(importlib.import_module("scipy.stats").binom.isf(1e-12, registered, sampling_prob))
+
+
 def lost_rounds(plan: Plan) -> float:
     """Probability that a round draws fewer users than can be unmasked: masks need as many as carry the noise.
 
