@@ -69,17 +69,18 @@ def test_ffa_lora_trains_the_upper_factors_alone(tmp_path: Path):
     assert not [name for name in names if "lora_A" in name]
 
 
-@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order"])
+@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order", "masks"])
 def test_a_run_that_was_stopped_ends_at_the_same_weights(name: str, tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = simulate(debug(tmp_path / "a", **METHODS[name]))
+    changes: dict[str, Any] = {**METHODS, "masks": {"setting": MASKED}}[name]
+    whole = simulate(debug(tmp_path / "a", **changes))
 
     def stop(done: int, values: dict[str, Any]) -> None:
         if done == 2:
             signal.raise_signal(signal.SIGINT)
 
-    halted = simulate(debug(tmp_path / "b", **METHODS[name]), progress=stop)
+    halted = simulate(debug(tmp_path / "b", **changes), progress=stop)
     assert not halted.finished
     resumed = sotto.resume(halted.path)
     assert resumed.finished
@@ -293,6 +294,16 @@ def test_with_masks_the_statement_counts_whose_noise_is_known_to_whom(sites: int
     assert "3 of the" in found[3].who
     unmasked = adversaries(sotto.plan(config(tmp_path, setting={**setting, "masks": False})), 1.0, 4)
     assert unmasked[2].epsilon == pytest.approx(left(1), rel=1e-6)
+
+
+def test_masks_without_their_libraries_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    right = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "Crypto" else right(name, *a))
+    with pytest.raises(SottoError, match="SOT949"):
+        simulate(config(tmp_path, setting=MASKED))
+    assert not list((tmp_path / "runs").glob("*/plan.json"))
 
 
 def test_a_plan_says_how_many_masked_rounds_are_lost(tmp_path: Path):
