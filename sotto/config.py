@@ -289,6 +289,8 @@ class Config(Section):
             raise ValueError("setting.noise: clients needs a privacy budget, and method.clipping: flat")
         if setting.noise == "clients" and method.zeroth_order:
             raise ValueError("setting.noise: clients is not for method.gradient: zeroth_order")
+        if setting.masks and (1 - setting.dropouts) * (setting.sites or self.run.expected_batch_size) < 2:
+            raise ValueError("setting.masks needs two users, or sites, in a round after dropouts")
 
     @property
     def steps(self) -> int:

@@ -49,8 +49,11 @@ class FederatedSetting(Section):
     dropouts: Annotated[Real, Field(ge=0, lt=1)] = 0.2
     """`noise: clients`: the part of the drawn users, or of the sites, that may fail to answer without the noise falling
     short."""
+    masks: bool = False
+    """`noise: clients`: every message travels under masks that cancel in the sum, so the server learns sums alone, each
+    of at least as many users, or sites, as carry the plan's noise. With fewer, a round gives nothing."""
     timeout: Positive = 600.0
-    """Seconds that a round waits for answers. Who is late has not answered."""
+    """Seconds that a round waits for answers; with `masks`, each of its four stages. Who is late has not answered."""
 
     @model_validator(mode="after")
     def _codec_has_its_numbers(self) -> FederatedSetting:
@@ -60,4 +63,6 @@ class FederatedSetting(Section):
             raise ValueError("latent is how many numbers a codec sends: every codec but none needs it")
         if (self.codec == "subspace") != (self.public_data is not None):
             raise ValueError("public_data belongs to codec: subspace, which needs it")
+        if self.masks and self.noise != "clients":
+            raise ValueError("masks hide who sent what, so each message must bring its own noise: set noise: clients")
         return self

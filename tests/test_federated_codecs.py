@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from scipy import stats
 from torch import nn
 
 import sotto
@@ -18,6 +19,7 @@ from sotto.federated.autoencoder import Autoencoder
 from sotto.federated.client import bounded
 from sotto.federated.codec import Identity, Srht, cosine
 from sotto.federated.cohort import LATENT, Cohort
+from sotto.federated.server import shares_for
 from sotto.federated.shares import Divided, Shares
 from sotto.federated.simulate import simulate
 from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
@@ -166,6 +168,30 @@ def test_the_sum_carries_the_noise_of_the_plan_whoever_answers(answers: int, fac
     expected = z * 0.5 / 50 * factor
     assert float(released.std()) == pytest.approx(expected, rel=7e-3)
     assert float(released.std()) != pytest.approx(expected * 1.02, rel=7e-3)  # its twin
+
+
+@pytest.mark.parametrize("answers", [0, 40, 50, 75])
+def test_the_noise_does_not_tell_how_many_users_answered(answers: int):
+    """Of a million numbers, the deviation tells one share of a hundred: it must be the same whoever answers."""
+    noise = SecureNoise()
+    engine = sharing(300_000, 50, 0.9, 0.2, noise)
+    engine.shares = Shares.of(0.5, 0.9, 50, 0.2, registered=1000)
+    assert stats.binom.sf(engine.shares.most, 1000, 0.05) < 1e-12 < stats.binom.sf(engine.shares.most - 1, 1000, 0.05)
+    zero = torch.zeros(300_000)
+    sent = ((u, engine.shares.message(zero, noise, 0, str(u)).numpy()) for u in range(answers))
+    found = float(engine.add_up(np.arange(100), sent).gradients[LATENT].std())
+    assert found == pytest.approx(0.9 * 0.5 * math.sqrt(engine.shares.most / 40), rel=6e-3)
+    assert found != pytest.approx(0.9 * 0.5 * math.sqrt((engine.shares.most + 2) / 40), rel=6e-3)  # its twin
+
+
+def test_a_server_adds_the_shares_of_silent_users_and_not_of_sites(tmp_path: Path):
+    users = tiny_runs.config(tmp_path, setting={**FEDERATED, "noise": "clients"})
+    found = shares_for(users)
+    assert found is not None
+    assert found.most > 12 > found.least
+    sites = shares_for(tiny_runs.config(tmp_path, setting={**FEDERATED, "noise": "clients", "sites": 5}))
+    assert sites is not None
+    assert sites.most == 0
 
 
 def test_a_message_has_its_own_share_of_noise_and_is_right_on_average():

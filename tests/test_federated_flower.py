@@ -61,7 +61,13 @@ def context(folder: Path, part: int) -> Context:
 
 def handle(message: Message, at: Context) -> Message:
     """What a node's ClientApp does."""
-    handlers = {messages.HELLO: devices.hello, messages.TRAIN: devices.train}
+    handlers = {
+        messages.HELLO: devices.hello,
+        messages.TRAIN: devices.train,
+        messages.KEYS: devices.keys,
+        messages.SHARES: devices.shares,
+        messages.REVEAL: devices.reveal,
+    }
     return devices.owner_mod(message, at, handlers[message.metadata.message_type])
 
 
@@ -142,6 +148,11 @@ METHODS = {
     "noise of users": {"setting": {**SETTING, "noise": "clients", "dropouts": 0.5}},
     "sites": {"setting": {**SETTING, "sites": 2}},
     "sites with noise": {"setting": {**SETTING, "sites": 2, "noise": "clients"}},
+    "masks": {"setting": {**SETTING, "noise": "clients", "dropouts": 0.5, "masks": True}},
+    "masks on a codec": {
+        "setting": {**SETTING, "codec": "srht", "latent": 200, "noise": "clients", "dropouts": 0.5, "masks": True}
+    },
+    "sites with masks": {"setting": {**SETTING, "sites": 2, "noise": "clients", "dropouts": 0.0, "masks": True}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
 }
 
@@ -321,6 +332,155 @@ def test_a_node_with_another_model_is_left_out_and_the_run_goes_on(tmp_path: Pat
     )
 
 
+# ---- masks
+
+
+MASKED: dict[str, Any] = {**SETTING, "noise": "clients", "dropouts": 0.5, "masks": True}
+
+
+def round_of(strategy: SottoStrategy, grid: MemoryGrid) -> dict[str, Any]:
+    """Plays the next round as Flower does; returns the server's private counts."""
+    orders = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    strategy.aggregate_train(1, Streaming(grid).send_and_receive(orders, timeout=0))
+    return private_numbers(strategy.session.run.path)[-1]["answers"]
+
+
+def drawn(session: Any, count: int) -> None:
+    """The first users of the register are drawn in every round; they live at both nodes in turn."""
+    session.sampler.draw = lambda step, attempt=0: np.arange(count)
+
+
+def with_bytes(change: Callable[[bytes], Any]) -> Callable[[Message, Message], list[Message]]:
+    def tamper(order: Message, reply: Message) -> list[Message]:
+        found = {user: change(answer) for user, answer in reply.content.config_records["masks"].items()}
+        return [Message(RecordDict({"masks": ConfigRecord(found)}), reply_to=order)]
+
+    return tamper
+
+
+HOSTILE_IN_MASKS = {
+    "silence": lambda order, reply: [],
+    "an error": lambda order, reply: [Message(Error(code=0, reason="no"), reply_to=order)],
+    "a refusal": lambda order, reply: [
+        Message(messages.refusal_content(SottoError("SOT950", what="", where="", why="", fix="")), reply_to=order)
+    ],
+    "short": with_bytes(lambda answer: answer[:-1]),
+    "text": with_bytes(lambda answer: "text"),
+    "a number": with_bytes(lambda answer: 5),
+    "nothing": with_bytes(lambda answer: b""),
+    "another record": lambda order, reply: [Message(RecordDict({"masks": MetricRecord({"x": 1})}), reply_to=order)],
+    "twice": lambda order, reply: [reply, reply],
+}
+
+
+@pytest.mark.parametrize("kind", [messages.KEYS, messages.SHARES, messages.REVEAL])
+def test_a_hostile_node_in_a_masked_round_has_dropped_out(kind: str, tmp_path: Path, started: Any):
+    run = {"expected_batch_size": 12, "steps": len(HOSTILE_IN_MASKS)}
+    session, strategy = started(tmp_path, setting={**MASKED, "dropouts": 0.8}, run=run)
+    drawn(session, 6)
+    grid, tamper = MemoryGrid(tmp_path), dict[str, Any]()
+    right = grid.pull_messages
+
+    def pull(names: Iterable[str]) -> Iterable[Message]:
+        found = []
+        for reply in right(names):
+            order = next(m for m in grid.sent if m.metadata.message_id == reply.metadata.reply_to_message_id)
+            at_node = order.metadata.message_type == kind and order.metadata.dst_node_id == NODES[0]
+            found += tamper["now"](order, reply) if at_node else [reply]
+        return found
+
+    grid.pull_messages = pull  # type: ignore[method-assign]
+    for step, (name, change) in enumerate(HOSTILE_IN_MASKS.items()):
+        tamper["now"] = change
+        answered = round_of(strategy, grid)["answered"]
+        assert session.step == step + 1
+        # Half of a list is no majority; where keys are lost the list is of the others alone.
+        assert answered == (6 if name == "twice" else 3 if kind == messages.KEYS else 0), name
+
+
+def test_a_node_that_was_started_again_in_a_masked_round_has_dropped_out(tmp_path: Path, started: Any):
+    session, strategy = started(tmp_path, setting={**MASKED, "dropouts": 0.8})
+    drawn(session, 6)
+    grid = MemoryGrid(tmp_path)
+    lost = {11: True}
+
+    def forget(order: Message, reply: Message) -> list[Message]:
+        if lost.pop(order.metadata.dst_node_id, None):
+            grid.contexts[11] = context(tmp_path, 0)  # before it was asked to reveal
+        return [reply]
+
+    grid.tamper = forget
+    heard = round_of(strategy, grid)
+    assert (heard["asked"], heard["answered"]) == (6, 0)
+    assert any("given up: too few reveals" in why for why in heard["refused"])
+    assert round_of(strategy, grid)["answered"] == 6
+
+
+def test_a_device_answers_each_request_of_a_masked_round_once(tmp_path: Path, started: Any):
+    """Sent again, whether as it was or with other survivors, it is refused; and its secrets are gone."""
+    session, strategy = started(tmp_path, setting=MASKED)
+    drawn(session, 6)
+    grid = MemoryGrid(tmp_path)
+    round_of(strategy, grid)
+    assert all(not at.state.config_records["masks"] for at in grid.contexts.values())
+    for message in grid.sent:
+        if message.metadata.message_type in (messages.SHARES, messages.TRAIN, messages.REVEAL):
+            reply = handle(message, grid.contexts[message.metadata.dst_node_id])
+            assert dict(reply.content.config_records["refused"]) == {"code": "SOT950"}
+
+
+def test_a_masked_round_hides_messages_and_register(tmp_path: Path, started: Any):
+    """What reaches a node names its own users alone; what reaches the server is not what was sent without masks."""
+    session, strategy = started(tmp_path, setting=MASKED)
+    drawn(session, 6)
+    grid, words = MemoryGrid(tmp_path), dict[int, np.ndarray]()
+
+    def keep(order: Message, reply: Message) -> list[Message]:
+        words.update({int(u): a.numpy() for u, a in reply.content.array_records["update"].items()})
+        return [reply]
+
+    grid.tamper = keep
+    round_of(strategy, grid)
+    assert len(words) == 6
+    for vector in words.values():  # uniform: no message is, which are short
+        assert vector.dtype == np.uint32
+        assert abs(np.mean(vector >> 31) - 0.5) < 0.02
+    for message in grid.sent:
+        if (record := message.content.config_records.get("round")) is not None:
+            home = strategy._homes[message.metadata.dst_node_id]
+            assert all(user in home for user in record["users"])  # type: ignore[union-attr]
+
+
+def test_an_owner_can_ask_for_masks_and_for_others(tmp_path: Path, started: Any):
+    _, plain = started(tmp_path, setting={**MASKED, "masks": False}, rules={"masks": True})
+    with pytest.raises(SottoError, match="SOT940"):
+        devices.device_for(context(tmp_path, 0)).check(plain.agreement)
+    for others, answered in ((5, 6), (6, 0)):
+        devices.device_of.cache_clear()
+        folder = tmp_path / str(others)
+        folder.mkdir()
+        session, strategy = started(folder, setting=MASKED, rules={"min_others": others})
+        drawn(session, 6)
+        assert round_of(strategy, MemoryGrid(folder))["answered"] == answered
+
+
+MALFORMED = {
+    "no users": {"round": {"label": "r/0"}},
+    "users that are none": {"round": {"label": "r/0", "users": ["a"]}},
+    "no roster": {"round": {"label": "r/0", "users": [0]}},
+    "a roster of numbers": {"round": {"label": "r/0", "users": [0]}, "roster": {"roster": [1]}},
+    "a roster of text": {"round": {"label": "r/0", "users": [0]}, "roster": {"roster": "keys"}},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_request_that_is_none_is_refused_by_the_device(name: str, tmp_path: Path):
+    records = {key: ConfigRecord(values) for key, values in MALFORMED[name].items()}  # type: ignore[arg-type]
+    message = Message(RecordDict(records), 11, messages.SHARES)  # type: ignore[arg-type]
+    reply = handle(message, context(tmp_path, 0))
+    assert dict(reply.content.config_records["refused"])["code"] in ("SOT945", "SOT950")
+
+
 # ---- the owner's policy
 
 
@@ -456,6 +616,29 @@ def test_two_supernodes_over_tls_killed_in_the_middle_of_a_round(tmp_path: Path)
     assert facts["steps"] == 6
     assert entry.reserved == facts["steps_charged"] >= 6
     assert set(entry.attempts) == set(range(6))
+
+
+@pytest.mark.slow
+def test_masked_rounds_over_tls(tmp_path: Path):
+    """Every message is handled by a process of its own: what a device keeps between them is kept by Flower."""
+    recipe = write_files(tmp_path, setting={**MASKED, "timeout": 60}, run={"steps": 3})
+    app = write_app(recipe, tmp_path / "app")
+    network = tmp_path / "network"
+    network.mkdir()
+    with flower_network.Network(network) as net:
+        net.superlink()
+        for part in range(2):
+            net.supernode(f"node{part}", _node_config(tmp_path, part))
+        net.flwr("run", str(app), "here")
+        flower_network.wait_for(lambda: any((tmp_path / "runs").glob("*/privacy.json")), 300, "the end of the run")
+    run = next((tmp_path / "runs").glob("*/privacy.json")).parent
+    rounds = [numbers["answers"] for numbers in private_numbers(run)]
+    assert len(rounds) == 3
+    # A round of fewer than six is given up; three in a row happen once in a million runs.
+    assert any(heard["answered"] >= 6 for heard in rounds)
+    for heard in rounds:
+        assert heard["answered"] in (0, heard["asked"]), heard
+        assert heard["answered"] or heard["asked"] < 6, heard
 
 
 def _node_config(folder: Path, part: int) -> str:

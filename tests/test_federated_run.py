@@ -69,17 +69,18 @@ def test_ffa_lora_trains_the_upper_factors_alone(tmp_path: Path):
     assert not [name for name in names if "lora_A" in name]
 
 
-@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order"])
+@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order", "masks"])
 def test_a_run_that_was_stopped_ends_at_the_same_weights(name: str, tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = simulate(debug(tmp_path / "a", **METHODS[name]))
+    changes: dict[str, Any] = {**METHODS, "masks": {"setting": MASKED}}[name]
+    whole = simulate(debug(tmp_path / "a", **changes))
 
     def stop(done: int, values: dict[str, Any]) -> None:
         if done == 2:
             signal.raise_signal(signal.SIGINT)
 
-    halted = simulate(debug(tmp_path / "b", **METHODS[name]), progress=stop)
+    halted = simulate(debug(tmp_path / "b", **changes), progress=stop)
     assert not halted.finished
     resumed = sotto.resume(halted.path)
     assert resumed.finished
@@ -250,7 +251,82 @@ def test_with_noise_of_the_users_the_server_has_a_number_too(tmp_path: Path):
     assert 1.0 < sums.epsilon < alone.epsilon
 
 
+MASKED: dict[str, Any] = {"noise": "clients", "dropouts": 0.5, "masks": True}
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"codec": "srht", "latent": 300}, {"sites": 4}], ids=["users", "srht", "sites"]
+)
+def test_a_run_with_masks_ends_at_the_weights_of_one_without(setting: dict[str, Any], tmp_path: Path):
+    runs = []
+    for masks in (True, False):
+        (tmp_path / str(masks)).mkdir()
+        runs.append(simulate(debug(tmp_path / str(masks), setting={**MASKED, **setting, "masks": masks})))
+    tiny_runs.assert_same(*(tiny_runs.final_weights(run.path) for run in runs))
+    masked, plain = (
+        [json.loads(line)["answers"] for line in (run.path / "metrics.private.jsonl").read_text().splitlines()]
+        for run in runs
+    )
+    assert [round["answered"] for round in masked] == [round["answered"] for round in plain]
+    assert all(round["answered"] for round in masked)
+    assert all(m["moved"]["messages up"] == p["moved"]["messages up"] for m, p in zip(masked, plain, strict=True))
+
+
+@pytest.mark.parametrize("sites", [None, 6])
+def test_with_masks_the_statement_counts_whose_noise_is_known_to_whom(sites: int | None, tmp_path: Path):
+    """Six shares at least are in every sum; whoever has added some of them subtracts those."""
+    from sotto.privacy.accounting import Gaussian, PoissonGaussian, composed_epsilon
+    from sotto.privacy.adversaries import adversaries
+
+    setting = {**MASKED, "sites": sites, "dropouts": 0.0 if sites else 0.5}
+    plan = sotto.plan(config(tmp_path, setting=setting))
+    share = plan.noise_multiplier / 6**0.5
+
+    def left(shares: int) -> float:
+        """Epsilon of the sum of so many shares."""
+        noise = share * shares**0.5
+        event = PoissonGaussian(noise, plan.sampling_prob) if sites else Gaussian(noise)
+        return composed_epsilon([(event, 4)], plan.delta, plan.neighboring_relation)
+
+    found = adversaries(plan, 1.0, 4)
+    assert [a.epsilon for a in found] == [1.0, *(pytest.approx(left(n), rel=1e-6) for n in (5, 6, 3, 1))]
+    assert "any one other" in found[1].who
+    assert "3 of the" in found[3].who
+    unmasked = adversaries(sotto.plan(config(tmp_path, setting={**setting, "masks": False})), 1.0, 4)
+    assert unmasked[2].epsilon == pytest.approx(left(1), rel=1e-6)
+
+
+def test_masks_without_their_libraries_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    right = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "Crypto" else right(name, *a))
+    with pytest.raises(SottoError, match="SOT949"):
+        simulate(config(tmp_path, setting=MASKED))
+    assert not list((tmp_path / "runs").glob("*/plan.json"))
+
+
+def test_a_plan_says_how_many_masked_rounds_are_lost(tmp_path: Path):
+    """The chance that fewer than nine of 60 users are drawn, each with probability 1/5."""
+    import math
+
+    from sotto.privacy.adversaries import lost_rounds
+    from sotto.report import plan_text
+
+    few = sum(math.comb(60, m) * 0.2**m * 0.8 ** (60 - m) for m in range(9))
+    plan = sotto.plan(config(tmp_path, setting={**MASKED, "dropouts": 0.25}))
+    assert lost_rounds(plan) == pytest.approx(few, rel=1e-9)
+    assert f"lost rounds      {few:.2g} of all" in plan_text.render(plan)
+    for setting in ({"noise": "clients"}, {**MASKED, "sites": 4}):
+        other = sotto.plan(config(tmp_path, setting=setting))
+        assert lost_rounds(other) == 0
+        assert "lost rounds" not in plan_text.render(other)
+
+
 REFUSED = [
+    ({"masks": True}, {}, "noise: clients"),
+    ({**MASKED, "dropouts": 0.9}, {}, "two users"),
+    ({**MASKED, "sites": 3, "dropouts": 0.4}, {}, "two users"),
     ({"codec": "srht"}, {}, "latent"),
     ({"latent": 5}, {}, "latent"),
     ({"codec": "subspace", "latent": 5}, {}, "public_data"),
@@ -287,11 +363,18 @@ def test_the_codec_may_not_change_when_a_run_goes_on(tmp_path: Path):
         sotto.resume(run.path)
 
 
-@pytest.mark.parametrize(("noise", "word"), [("server", "no guarantee"), ("clients", "a server of sums epsilon")])
-def test_a_plan_says_against_whom_before_anything_is_read(noise: str, word: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ({"noise": "server"}, "no guarantee"),
+        ({"noise": "clients"}, "a server of sums epsilon"),
+        ({"noise": "clients", "masks": True}, "and half of them epsilon"),
+    ],
+)
+def test_a_plan_says_against_whom_before_anything_is_read(setting: dict[str, Any], word: str, tmp_path: Path):
     from sotto.report import plan_text
 
-    assert word in plan_text.render(sotto.plan(config(tmp_path, {"noise": noise})))
+    assert word in plan_text.render(sotto.plan(config(tmp_path, setting)))
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from sotto.gradients.clipping import Clipping
 from sotto.privacy.noise import NoiseSource
 from sotto.zeroth_order.directions import Directions
 
+if TYPE_CHECKING:  # which needs libraries of the extra `federated`
+    from sotto.federated.unmasking import MaskedRound
+
 LATENT = "latent"
 """The one tensor of a sum of encoded updates: (k,) float64."""
 
@@ -41,14 +44,23 @@ AT_THE_BOUND = 1 - 1e-6
 
 @dataclass
 class Heard:
-    """What came back in a round, for the server's private metrics: counts and reasons, never values."""
+    """What came back in a round, for the server's private metrics: counts and reasons, never values.
+
+    Attributes:
+      moved: bytes of vectors, keys and shares, by stage; what a network adds, and the weights, are not counted.
+    """
 
     asked: int = 0
     answered: int = 0
     refused: dict[str, int] = field(default_factory=dict[str, int])
+    moved: dict[str, int] = field(default_factory=dict[str, int])
 
     def refuse(self, why: str) -> None:
         self.refused[why] = self.refused.get(why, 0) + 1
+
+    def count(self, what: str, answer: Any) -> None:
+        size = answer.nbytes if isinstance(answer, np.ndarray | torch.Tensor) else 0
+        self.moved[what] = self.moved.get(what, 0) + size
 
 
 class Cohort:
@@ -60,6 +72,7 @@ class Cohort:
       codec: of what users send.
       reach: where sites answer: the most that an honest one can send. Users are bounded by `clipping`.
       shares, noise: where users add the noise: what their messages are, and where what is missing comes from.
+      masked: whether the server learns the sum of the messages alone.
       directions: what K numbers mean, where users send losses along directions; else None.
       run: the name of the run, for devices that take part in several.
       heard: of the last round.
@@ -91,6 +104,7 @@ class Cohort:
         self.reach: float | None = None
         self.shares: Shares | None = None
         self.noise: NoiseSource | None = None
+        self.masked = False
         self.heard = Heard()
         clipping.group_of([name])  # tells one whose bounds follow the norms that there is one group
 
@@ -108,7 +122,32 @@ class Cohort:
         Args:
           users: (m,) indices that the sampler drew.
         """
-        return self.add_up(users, self.carrier(self.order(step), users) if len(users) else (), step)
+        if not self.masked:
+            return self.add_up(users, self.carrier(self.order(step), users) if len(users) else (), step)
+        from sotto.federated.unmasking import play
+
+        round = self.masked_round(users, step)
+        play(round, lambda asked: self.carrier(self.order(step), np.array(asked)))
+        return self.close(round, step)
+
+    def masked_round(self, users: np.ndarray, step: int) -> MaskedRound:
+        """Begins a round whose messages are masked."""
+        from sotto.federated.unmasking import MaskedRound
+
+        assert self.shares is not None
+        self.heard = Heard(asked=len(users))
+        return MaskedRound(f"{self.run}/{step}", users.tolist(), self.shares, self.codec.size)
+
+    def close(self, round: MaskedRound, step: int) -> ClippedSum:
+        """The sum of a masked round. One that was given up is as if nobody had answered: all noise is the server's."""
+        total, found = self.zeros(), round.total
+        answered = 0 if found is None else len(round.survivors)
+        self.heard.answered, self.heard.moved = answered, round.moved
+        for why, count in round.refused.items():
+            self.heard.refused[why] = self.heard.refused.get(why, 0) + count
+        if found is not None:
+            total.gradients[self.name] += found
+        return self._complete(total, step)
 
     def add_up(self, users: np.ndarray, answers: Iterable[tuple[int, Any]], step: int = 0) -> ClippedSum:
         """The sum over these users of their answers: bounded, counted once each, and nobody else's."""
@@ -119,6 +158,7 @@ class Cohort:
                 self.heard.refuse("from nobody who was asked, or a second time")
                 continue
             waiting.remove(user)
+            self.heard.count("messages up", answer)
             norm = self._add(total.gradients[self.name], answer)
             if norm is not None:
                 norms.append(norm)

@@ -24,6 +24,7 @@ from sotto.errors import SottoError
 from sotto.federated import messages, policy
 from sotto.federated.client import Client, Order
 from sotto.federated.layout import Layout, model_fingerprint
+from sotto.federated.masked_device import answer_keys, answer_reveal, answer_shares, masked_answers
 from sotto.federated.server import (
     Agreement,
     codec_for,
@@ -109,11 +110,11 @@ class Device:
         """The index in this node's data of a user of the register."""
         return user if self.shared else (user - self.first) // self.every
 
-    def answer(self, message: Message) -> RecordDict:
+    def answer(self, message: Message, context: Context) -> RecordDict:
         """What is sent back for an order.
 
         Raises:
-          SottoError: SOT940 to SOT945, the order is refused.
+          SottoError: SOT940 to SOT945 and SOT950, the order is refused.
         """
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         layout = Layout.of(parameters)
@@ -122,12 +123,31 @@ class Device:
         if order.clip_norm > agreement.clip_norm and self.config.method.clipping != "adaptive":
             raise policy.refuse(f"the bound is {order.clip_norm:g}", "order.clip_norm", "keep to the agreed bound")
         source = self._site(agreement) if setting_of(self.config).sites else self._client(message, agreement, layout)
-        vectors = {}
-        for user in users:
-            if self.has(user):
-                self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
-                vectors[user] = source(order, user)
-        return messages.answer_content(vectors)
+
+        def answer(user: int) -> torch.Tensor:
+            self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
+            return source(order, user)
+
+        mine, shares = [user for user in users if self.has(user)], self.shares(agreement)
+        if not setting_of(self.config).masks:
+            return messages.answer_content({user: answer(user) for user in mine})
+        assert shares is not None
+        label = f"{order.run}/{order.step}"
+        return messages.answer_content(masked_answers(message, context, label, mine, answer, shares))
+
+    def begin_masked(self, message: Message, context: Context) -> RecordDict:
+        """The public keys of its users in a masked round.
+
+        Raises:
+          SottoError: SOT940, SOT941, the run is not one that its owner allows; SOT945, this is no request of it.
+        """
+        agreement = messages.read_agreement(message)
+        self.check(agreement)
+        shares = self.shares(agreement)
+        if shares is None or not setting_of(self.config).masks:
+            raise policy.refuse("the round is masked", "setting.masks", "use the same recipe")
+        mine = [user for user in messages.read_users(message) if self.has(user)]
+        return answer_keys(message, context, mine, shares.least, self.policy.min_others or 0)
 
     def has(self, user: int) -> bool:
         """Whether a number of the register stands for this site, or for one of the users here."""
@@ -221,7 +241,22 @@ def hello(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Computes what an order asks for."""
-    return Message(device_for(context).answer(message), reply_to=message)
+    return Message(device_for(context).answer(message, context), reply_to=message)
+
+
+def keys(message: Message, context: Context) -> Message:
+    """The first stage of a masked round."""
+    return Message(device_for(context).begin_masked(message, context), reply_to=message)
+
+
+def shares(message: Message, context: Context) -> Message:
+    """The second."""
+    return Message(answer_shares(message, context), reply_to=message)
+
+
+def reveal(message: Message, context: Context) -> Message:
+    """The last."""
+    return Message(answer_reveal(message, context), reply_to=message)
 
 
 def owner_mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -232,7 +267,7 @@ def owner_mod(message: Message, context: Context, call_next: Callable[[Message, 
     try:
         reply = call_next(message, context)
         kinds = {name: type(record).__name__ for name, record in reply.content.items()}
-        allowed = ({"update": "ArrayRecord"}, {"node": "ConfigRecord"})
+        allowed = ({"update": "ArrayRecord"}, {"node": "ConfigRecord"}, {"masks": "ConfigRecord"})
         if kinds not in allowed:
             raise policy.refuse("the answer holds more than it should", "ClientApp", "remove other mods of the app")
         return reply
@@ -250,5 +285,8 @@ def client_app() -> ClientApp:
     quiet()
     app = ClientApp(mods=[owner_mod])
     app.query("hello")(hello)
+    app.query("keys")(keys)
+    app.query("shares")(shares)
+    app.query("reveal")(reveal)
     app.train()(train)
     return app

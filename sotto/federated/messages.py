@@ -1,10 +1,17 @@
-"""What goes over the network, as Flower's records: three kinds of message, and nothing beside what is written here.
+"""What goes over the network, as Flower's records: a few kinds of message, and nothing beside what is written here.
 
-    hello   server -> node   {}                      node -> server   which users it has, or why it does not take part
-    train   server -> node   weights, order, users   node -> server   one vector for each of these users
+    hello    server -> node   {}                       node -> server   which users it has, or why it takes no part
+    train    server -> node   weights, order, users    node -> server   one vector for each of these users
+
+With masks there are three more (`masking`), and train brings shares as well:
+
+    keys     server -> node   round, users             node -> server   public keys of each user
+    shares   server -> node   all keys of the round    node -> server   each user's encrypted shares for the others
+    reveal   server -> node   who sent a vector        node -> server   shares that take the masks off the sum
 
 An answer holds vectors and nothing else: no metric, no number of examples, no loss. A refusal holds the code of an
-error, never its text, which could name files. Arrays are float32 in numpy's own format, which cannot hold objects.
+error, never its text, which could name files. Arrays are float32 or integers in numpy's own format, which cannot hold
+objects.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from sotto.federated.client import Order
 from sotto.federated.server import Agreement
 
 HELLO, TRAIN = "query.hello", "train"
+KEYS, SHARES, REVEAL = "query.keys", "query.shares", "query.reveal"
 MOST_USERS = 1 << 20
 """Users of one node that a server believes."""
 
@@ -69,12 +77,19 @@ def _no_order(error: Exception) -> SottoError:
 
 
 def order_message(
-    tensors: Mapping[str, ArrayRecord], order: Order, agreement: Agreement, node: int, users: Sequence[int], group: str
+    tensors: Mapping[str, ArrayRecord],
+    order: Order,
+    agreement: Agreement,
+    node: int,
+    users: Sequence[int],
+    group: str,
+    masks: ConfigRecord | None = None,
 ) -> Message:
     """An order to one node, for those of its users who were drawn.
 
     Args:
       tensors: `weights`, and `codec` where the codec has a state: `packed`.
+      masks: what users need to mask what they answer.
     """
     facts = {
         "run": order.run,
@@ -84,6 +99,8 @@ def order_message(
         "users": list(users),
     }
     content = RecordDict({**tensors, "order": ConfigRecord(facts)})  # type: ignore[arg-type]
+    if masks is not None:
+        content["masks"] = masks
     return Message(content, dst_node_id=node, message_type=TRAIN, group_id=group)
 
 
@@ -125,9 +142,10 @@ def read_codec(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         raise _no_order(error) from None
 
 
-def answer_content(vectors: Mapping[int, torch.Tensor]) -> RecordDict:
-    """What a node sends back: user -> (k,) float32."""
-    arrays = {str(user): Array(vector.cpu().numpy()) for user, vector in vectors.items()}
+def answer_content(vectors: Mapping[int, torch.Tensor | np.ndarray]) -> RecordDict:
+    """What a node sends back: user -> (k,) float32, or integers."""
+    whole = {u: v if isinstance(v, np.ndarray) else v.cpu().numpy() for u, v in vectors.items()}
+    arrays = {str(user): Array(vector) for user, vector in whole.items()}
     return RecordDict({"update": ArrayRecord(arrays)})
 
 
@@ -136,7 +154,7 @@ def refusal_content(error: SottoError) -> RecordDict:
 
 
 def vectors_of(message: Message, users: Sequence[int], size: int, kind: str) -> Iterator[tuple[int, Any]]:
-    """What a node sent for each of these users: a vector of this size and kind (`float32` or `int32`), or None."""
+    """What a node sent for each of these users: a vector of this size and kind (`float32`, `int32`, ...), or None."""
     try:
         record = message.content.array_records["update"] if message.has_content() else {}
     except (KeyError, ValueError, TypeError):
@@ -170,7 +188,7 @@ def _read(array: Array, shape: tuple[int, ...], kind: str = "float32") -> np.nda
     buffer, code = BytesIO(), np.dtype(kind).newbyteorder("<").str
     np.lib.format.write_array_header_1_0(buffer, {"descr": code, "fortran_order": False, "shape": shape})
     header = buffer.getvalue()
-    if len(array.data) != len(header) + 4 * count or not array.data.startswith(header):
+    if len(array.data) != len(header) + np.dtype(kind).itemsize * count or not array.data.startswith(header):
         raise ValueError("another type, shape or length inside")
     return np.frombuffer(array.data, dtype=code, offset=len(header)).reshape(shape).copy()
 
@@ -195,3 +213,88 @@ def users_of(message: Message, model: str, registered: int) -> range | str:
     if not (0 <= first < registered and 1 <= every <= registered and 0 <= count <= MOST_USERS):
         return "its users are not in the register"
     return range(first, min(first + every * count, registered), every)
+
+
+# ---- masked rounds
+
+
+def masks_record(**values: object) -> ConfigRecord:
+    return ConfigRecord(values)  # type: ignore[arg-type]
+
+
+def stage_message(
+    kind: str, records: Mapping[str, ConfigRecord], label: str, node: int, users: Sequence[int]
+) -> Message:
+    """A request of a masked round to one node, for those of its users who take part.
+
+    Args:
+      kind: `KEYS`, `SHARES` or `REVEAL`.
+      records: what is asked with.
+      label: names run and round.
+    """
+    round = ConfigRecord({"label": label, "users": list(users)})
+    return Message(RecordDict({**records, "round": round}), dst_node_id=node, message_type=kind, group_id=label)
+
+
+def bytes_content(answers: Mapping[int, bytes]) -> RecordDict:
+    """What a node sends back for such a request: user -> bytes."""
+    return RecordDict({"masks": ConfigRecord({str(user): answer for user, answer in answers.items()})})
+
+
+def bytes_of(message: Message, users: Sequence[int]) -> Iterator[tuple[int, bytes | None]]:
+    """What a node sent for each of these users, or None."""
+    try:
+        record = message.content.config_records["masks"] if message.has_content() else {}
+    except (KeyError, ValueError, TypeError):
+        record = {}
+    for user in users:
+        answer = record.get(str(user))
+        yield user, answer if isinstance(answer, bytes) else None
+
+
+def read_label(message: Message) -> str:
+    """The name of the round that a request is for.
+
+    Raises:
+      SottoError: SOT945, as all of these: it is no request of this kind.
+    """
+    return str(_value(message, "round", "label"))
+
+
+def read_users(message: Message) -> list[int]:
+    """For whom a request is."""
+    return _numbers(_value(message, "round", "users"))
+
+
+def read_positions(message: Message, name: str) -> list[int]:
+    """Positions in the list of a round, under this name in the record `survivors` or `masks`."""
+    return _numbers(_value(message, "survivors" if name == "survivors" else "masks", name))
+
+
+def read_roster(message: Message) -> list[bytes]:
+    """The public keys of all users of a round."""
+    found = _value(message, "roster", "roster")
+    if not (isinstance(found, list) and all(isinstance(both, bytes) for both in found)):
+        raise _no_order(TypeError())
+    return found
+
+
+def read_boxes(message: Message, user: int, length: int) -> bytes:
+    """(length,) what the others have shared with a user."""
+    found = _value(message, "masks", str(user))
+    if not (isinstance(found, bytes) and len(found) == length):
+        raise _no_order(ValueError())
+    return found
+
+
+def _numbers(found: object) -> list[int]:
+    if not (isinstance(found, list) and all(isinstance(n, int) and n >= 0 for n in found)):
+        raise _no_order(TypeError())
+    return found
+
+
+def _value(message: Message, record: str, name: str) -> Any:
+    try:
+        return message.content.config_records[record][name]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_order(error) from None

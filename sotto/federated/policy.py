@@ -39,6 +39,10 @@ class Policy(Section):
     """Fingerprint of the model. `sotto federated fingerprint CONFIG` prints it."""
     codec: str | None = None
     """Name of the only codec that is allowed."""
+    masks: bool = False
+    """Whether this device answers masked rounds alone, of which the server learns the sum."""
+    min_others: Count | None = None
+    """The least number of other users in such a sum, by the keys that the server shows; implies `masks`."""
 
 
 def refuse(what: str, where: str, fix: str) -> SottoError:
@@ -61,6 +65,11 @@ def check(policy: Policy, agreement: Agreement, own_model: str) -> None:
     limits = [
         (policy.model in (None, agreement.model), "the model is another", "policy.model"),
         (policy.codec in (None, agreement.codec.get("codec")), "the codec is another", "policy.codec"),
+        (
+            not (policy.masks or policy.min_others) or agreement.local.get("masks") is True,
+            "messages are not masked",
+            "policy.masks",
+        ),
         (agreement.delta <= policy.max_delta, f"delta is {agreement.delta:g}", "policy.max_delta"),
         (
             agreement.noise_multiplier >= (policy.min_noise_multiplier or 0),

@@ -7,6 +7,7 @@ where a clipped sum comes from (`cohort`), and that an update is decoded before 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -167,9 +168,25 @@ def engine_for(
         carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data, shares, noise))
     cohort = Cohort(parameters, clipping, codec, carrier, NAME if probing else LATENT)
     cohort.shares, cohort.noise, cohort.reach = shares, noise, reach_for(config)
+    cohort.masked = setting_of(config).masks
+    if cohort.masked:
+        require_masks()
     if probing:
         cohort.directions = zeroth_order.directions(model, config.method, key)
     return cohort
+
+
+def require_masks() -> None:
+    """Refuses before anything is read, where the libraries of masks are missing.
+
+    Raises:
+      SottoError: SOT949.
+    """
+    if importlib.util.find_spec("cryptography") is None or importlib.util.find_spec("Crypto") is None:
+        raise SottoError(
+            "SOT949", what="the libraries that Flower encrypts with are not installed", where="setting.masks",
+            why="masks are made of them, in a simulation too", fix="pip install 'sotto[federated]'",
+        )  # fmt: skip
 
 
 def shares_for(config: Config) -> Shares | None:
@@ -177,8 +194,8 @@ def shares_for(config: Config) -> Shares | None:
     setting, plan = setting_of(config), make_plan(config)
     if setting.noise != "clients":
         return None
-    expected = setting.sites or plan.expected_batch_size
-    return Shares.of(plan.clip_norm, plan.noise_multiplier, expected, setting.dropouts, reach_for(config))
+    expected, registered = (setting.sites, None) if setting.sites else (plan.expected_batch_size, plan.num_units)
+    return Shares.of(plan.clip_norm, plan.noise_multiplier, expected, setting.dropouts, reach_for(config), registered)
 
 
 def reach_for(config: Config) -> float | None:
@@ -239,7 +256,7 @@ def in_process(client: Client | Sites) -> Carrier:
 def what_devices_do(config: Config) -> dict[str, object]:
     """The part of a configuration that a device must have in common with the server."""
     setting = setting_of(config).model_dump(mode="json")
-    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in ("sites", "noise", "dropouts")}
+    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in ("sites", "noise", "dropouts", "masks")}
     local["expected_batch_size"] = config.run.expected_batch_size
     return {**local, "method": config.method.model_dump(mode="json"), "task": config.data.task}
 

@@ -3,8 +3,9 @@
 With `noise: clients` a device rounds its bounded vector towards zero to whole multiples of a public unit (no norm grows
 by that), adds a rounded Gaussian of deviation s to each number, and sends integers. So the server never sees a vector
 without noise, and integers can be added under masks. The shares of M = `least_answers` users make up all of the noise
-that the plan bought, M s^2 = (noise_multiplier * C)^2; more answers mean more noise, and for answers that are missing
-below M the server adds their shares itself.
+that the plan bought, M s^2 = (noise_multiplier * C)^2. For each of `most` users who did not answer the server adds a
+share itself, so that the noise on a sum does not tell how many have answered: the accounting takes it to be hidden from
+whoever gets the model who was drawn, and the number of them could be read off noise that grew with the answers.
 
 What holds against whom. One message is a function of vector + N(0, s^2 I): the Gaussian mechanism with s, which holds
 against the server as it is. The sum carries a sum of rounded Gaussians. A rounded Gaussian of deviation s is, but for a
@@ -14,8 +15,8 @@ rounded: what is done to the Gaussian there is post-processing. With s >= 64 her
 sum is covered as the Gaussian of all shares together. That needs users who follow their orders: one who sends no noise
 leaves that much less of it for the others.
 
-Masks are not part of this: Flower's SecAgg+ exists for its older interface alone. Without them the server could look at
-single messages, and the statement says what holds then.
+With `masks` (`masking`) the server sees sums of these messages alone. Without them it could look at single ones, and
+the statement says what holds then.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from sotto.gradients.base import ClippedSum
-from sotto.privacy.adversaries import least_answers, share_multiplier
+from sotto.privacy.adversaries import least_answers, most_answers, share_multiplier
 from sotto.privacy.noise import NoiseSource
 
 LEAST_STD, LEAST_STEPS = 64.0, 2.0**16
@@ -44,20 +45,34 @@ class Shares:
       std: s, of a share, in the units of an update.
       least: M.
       reach: the norm that a message has at most without its noise: C, or a site's units times C.
+      most: shares that the noise on every sum has: for users, no fewer than ever answer; for sites, M, because whether
+        a site answers does not depend on any unit.
     """
 
     clip_norm: float
     std: float
     least: int
     reach: float
+    most: int = 0
 
     @classmethod
     def of(
-        cls, clip_norm: float, noise_multiplier: float, expected: int, dropouts: float, reach: float | None = None
+        cls,
+        clip_norm: float,
+        noise_multiplier: float,
+        expected: int,
+        dropouts: float,
+        reach: float | None = None,
+        registered: int | None = None,
     ) -> Shares:
-        """The shares of so many users, or sites, that are expected to answer."""
-        share = share_multiplier(noise_multiplier, expected, dropouts)
-        return cls(clip_norm, share * clip_norm, least_answers(expected, dropouts), reach or clip_norm)
+        """The shares of so many users, or sites, that are expected to answer.
+
+        Args:
+          registered: users, of whom each is drawn with probability expected / registered; a server needs it.
+        """
+        share, least = share_multiplier(noise_multiplier, expected, dropouts), least_answers(expected, dropouts)
+        most = 0 if registered is None else most_answers(registered, expected / registered)
+        return cls(clip_norm, share * clip_norm, least, reach or clip_norm, most)
 
     @property
     def unit(self) -> float:
@@ -75,9 +90,17 @@ class Shares:
         """Norm, in units, that a message of k numbers does not exceed but with probability below 10^-13."""
         return (self.reach + self.std * (math.sqrt(size) + 8)) / self.unit
 
+    def word(self, users: int) -> type[np.uint32] | type[np.uint64]:
+        """Of masked messages: 32 bits where the sum of so many cannot leave them, else 64, which none of int32 leaves.
+
+        With 32 bits an honest sum wraps with probability below 10^-32 per number: twelve deviations of the noise.
+        """
+        most = users * (self.reach / self.unit + 1) + 12 * math.sqrt(users) * self.std / self.unit
+        return np.uint32 if most < 2.0**31 else np.uint64
+
     def missing(self, answers: int, size: int, noise: NoiseSource, step: int) -> torch.Tensor:
-        """(k,) float64: the shares of those below `least` who did not answer, in units."""
-        short = max(0, self.least - answers)
+        """(k,) float64: the shares of those of `most`, or of `least`, who did not answer, in units."""
+        short = max(0, self.least - answers, self.most - answers)
         if short == 0:
             return torch.zeros(size, dtype=torch.float64)
         return self._rounded(torch.Size([size]), self.std * math.sqrt(short), noise, step, "missing shares")

@@ -20,7 +20,9 @@ from flwr.serverapp.strategy import Strategy
 from sotto.federated import messages
 from sotto.federated.client import Order
 from sotto.federated.cohort import Cohort
-from sotto.federated.server import Agreement
+from sotto.federated.masked_strategy import MaskedExchange
+from sotto.federated.server import Agreement, setting_of
+from sotto.gradients.base import ClippedSum
 from sotto.metrics import Metrics
 from sotto.training import Session, begin_step, finish_step
 
@@ -53,6 +55,7 @@ class SottoStrategy(Strategy):
         self._left_out: set[int] = set()
         self._open: tuple[int, np.ndarray] | None = None
         self._asked: dict[int, list[int]] = {}
+        self._masked: MaskedExchange | None = None
 
     # ---- Flower's interface
 
@@ -60,7 +63,7 @@ class SottoStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Pays for a round, draws its users, and writes the orders to their nodes."""
-        self._open, self._asked = None, {}
+        self._open, self._asked, self._masked = None, {}, None
         if self.session.stop_requested or self.session.step >= self.session.plan.steps:
             return []
         self._meet(grid)
@@ -72,12 +75,17 @@ class SottoStrategy(Strategy):
         self._open = (step, users)
         self._asked = self._at_home(users)
         order = self._engine.order(step)
+        if self._engine.masked:
+            self._masked = self._exchange(users, step, grid)
+            if not self._masked.prepare(messages.agreement_record(self.agreement), self._from_asked):
+                return []
         tensors = {"weights": messages.packed(order.weights)}
         if state := self._engine.codec.state():
             tensors["codec"] = messages.packed(state)
+        asked = [(*pair, None) for pair in self._asked.items()] if self._masked is None else self._masked.orders()
         return [
-            messages.order_message(tensors, order, self.agreement, node, some, _group(order))
-            for node, some in self._asked.items()
+            messages.order_message(tensors, order, self.agreement, node, some, _group(order), masks)
+            for node, some, masks in asked
         ]
 
     def aggregate_train(
@@ -88,7 +96,7 @@ class SottoStrategy(Strategy):
             return None, None
         step, users = self._open
         self._open = None  # a round is closed once, whatever is called again
-        total = self._engine.add_up(users, self._answers(replies, _group(self._engine.order(step))), step)
+        total = self._total(users, self._answers(replies, _group(self._engine.order(step))), step)
         finish_step(self.session, step, users, total, self.metrics)
         return messages.packed(self._engine.order(step).weights), None
 
@@ -143,7 +151,25 @@ class SottoStrategy(Strategy):
         found = {node: [user for user in users.tolist() if user in home] for node, home in self._homes.items()}
         return {node: some for node, some in found.items() if some}
 
+    def _exchange(self, users: np.ndarray, step: int, grid: Grid) -> MaskedExchange:
+        seconds = setting_of(self.session.config).timeout
+        return MaskedExchange(self._engine.masked_round(users, step), grid, seconds, self._asked)
+
+    def _total(self, users: np.ndarray, answers: Iterator[tuple[int, Any]], step: int) -> ClippedSum:
+        if self._masked is None:
+            return self._engine.add_up(users, answers, step)
+        self._masked.finish(answers, self._from_asked)
+        return self._engine.close(self._masked.round, step)
+
     def _answers(self, replies: Iterable[Message], group: str) -> Iterator[tuple[int, Any]]:
+        for node, reply in self._from_asked(replies, group):
+            kind = "float32" if self._engine.shares is None else "int32"
+            if self._masked is not None:
+                kind = np.dtype(self._masked.round.word).name
+            yield from messages.vectors_of(reply, self._asked[node], self._engine.codec.size, kind)
+
+    def _from_asked(self, replies: Iterable[Message], group: str) -> Iterator[tuple[int, Message]]:
+        """The answers to one exchange of nodes that were asked, one of each."""
         heard: set[int] = set()
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -151,8 +177,7 @@ class SottoStrategy(Strategy):
                 self._engine.heard.refuse("from a node that was not asked, of another round, or a second time")
                 continue
             heard.add(node)
-            kind = "float32" if self._engine.shares is None else "int32"
-            yield from messages.vectors_of(reply, self._asked[node], self._engine.codec.size, kind)
+            yield node, reply
 
 
 class Streaming(Grid):

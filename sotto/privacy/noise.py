@@ -138,6 +138,24 @@ def _fill(chunk: _Array, std: float) -> None:
     np.multiply(chunk, std, out=chunk)
 
 
+def keyed_words(key: bytes, count: int, word: type[np.uint32] | type[np.uint64]) -> np.ndarray[Any, Any]:
+    """(count,) uniform integers of the type `word`: a function of the key alone, AES-128 in counter mode from block 0.
+
+    Args:
+      key: 16 bytes, used for this one stream.
+      count: how many, >= 0.
+      word: np.uint32 or np.uint64.
+
+    Raises:
+      ValueError: the key has another length.
+    """
+    if len(key) != 16:
+        raise ValueError("the key of a stream has 16 bytes")
+    size = np.dtype(word).itemsize
+    generator = _randomgen.AESCounter(key=np.frombuffer(key, dtype=np.uint64))
+    return np.asarray(generator.random_raw(-(-count * size // 8)), dtype=np.uint64).view(word)[:count]
+
+
 def check_cipher() -> None:
     """Compares randomgen's generator with the AES-128 example of FIPS-197, appendix C.1.
 

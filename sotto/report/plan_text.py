@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sotto.privacy.accounting import round_up
-from sotto.privacy.adversaries import adversaries
+from sotto.privacy.adversaries import adversaries, lost_rounds
 from sotto.privacy.plan import Alternative, Plan
 from sotto.report.memory_text import PARTS
 
@@ -37,10 +37,15 @@ def render(plan: Plan) -> str:
 def _against(plan: Plan, epsilon: float) -> list[str]:
     found = adversaries(plan, epsilon, plan.steps)
     heads = ("against others", "a server of sums", "this server")
-    return [
+    if plan.setting and plan.setting.get("masks"):
+        heads = ("against others", "one of them", "this server", "and half of them", "without masks")
+    lines = [
         f"{head:<17}" + ("no guarantee" if a.epsilon is None else f"epsilon {round_up(a.epsilon)}")
         for head, a in zip(heads, found, strict=True)
     ]
+    if (lost := lost_rounds(plan)) > 0:
+        lines.append(f"lost rounds      {lost:.2g} of all draw fewer than masks need; setting.dropouts makes room")
+    return lines
 
 
 def _who(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,13 @@ def a_vector_is_clipped_in_float32(m: pytest.MonkeyPatch) -> None:
 def shares_of_the_silent_are_not_replaced(m: pytest.MonkeyPatch) -> None:
     """With fewer answers than the shares were sized for, the sum has too little noise."""
     m.setattr(Shares, "missing", lambda self, answers, size, noise, step: torch.zeros(size, dtype=torch.float64))
+
+
+@caught_by(CODECS + "test_the_noise_does_not_tell_how_many_users_answered[75]", 25)
+def the_noise_grows_with_the_answers(m: pytest.MonkeyPatch) -> None:
+    """Its deviation tells how many users were drawn, which the accounting takes to be hidden."""
+
+    wrapped(m, Shares, "missing", lambda right, self, *rest: right(dataclasses.replace(self, most=0), *rest))
 
 
 @caught_by(CODECS + "test_the_sum_carries_the_noise_of_the_plan_whoever_answers[40-1.0]", 26)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faults_in_accounting
 import faults_in_federated
 import faults_in_gradients
+import faults_in_masks
 import faults_in_noise
 import faults_in_releases
 import faults_in_sampling
@@ -18,6 +19,7 @@ FILES = (
     faults_in_accounting,
     faults_in_federated,
     faults_in_gradients,
+    faults_in_masks,
     faults_in_noise,
     faults_in_releases,
     faults_in_sampling,
