@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
@@ -17,7 +18,7 @@ from torch import nn
 
 from sotto.errors import SottoError
 from sotto.federated import mask_keys as keys
-from sotto.federated import masking, unmasking
+from sotto.federated import masking, secret_sharing, unmasking
 from sotto.federated.codec import Identity
 from sotto.federated.cohort import LATENT, Cohort
 from sotto.federated.masking import BOX, KEYS, REVEALED, Party, threshold
@@ -541,6 +542,35 @@ def test_bytes_of_every_stage_are_counted():
     made, n, k = engine(), 5, 2000
     made.collect(np.array(USERS), 0)
     assert made.heard.moved == {
-        "keys up": 64 * n, "keys down": 64 * n * n, "shares up": (32 + 48 * n) * n, "shares down": 48 * n * (n - 1),
-        "messages up": 4 * k * n, "survivors down": 4 * n * n, "shares revealed": 17 * n * n,
+        "keys up": 64 * n, "keys down": 64 * n * n, "shares up": (32 + 50 * n) * n, "shares down": 50 * n * (n - 1),
+        "messages up": 4 * k * n, "survivors down": 4 * n * n, "shares revealed": 18 * n * n,
     }  # fmt: skip
+
+
+def test_shares_give_the_secret_back_from_any_set_and_nothing_from_fewer() -> None:
+    secret = bytes(range(16))
+    shares = secret_sharing.split(secret, 3, 6)
+    assert len({*shares}) == 6
+    for some in itertools.combinations(range(6), 3):
+        chosen = {position: shares[position] for position in some}
+        assert secret_sharing.combine(chosen, secret_sharing.weights(some)) == secret
+    two = {position: shares[position] for position in (0, 4)}
+    assert secret_sharing.combine(two, secret_sharing.weights((0, 4))) != secret
+    # Whatever the secret, two shares are uniform: for each of two secrets every pair of shares is as likely.
+    p = 97
+    for secret_value in (5, 80):
+        seen = {((secret_value + a + b) % p, (secret_value + 2 * a + 4 * b) % p) for a in range(p) for b in range(p)}
+        assert len(seen) == p * p
+
+
+def test_the_field_of_the_shares_is_one() -> None:
+    assert sympy.isprime(secret_sharing.PRIME)
+    assert secret_sharing.PRIME > 1 << (8 * secret_sharing.SECRET_BYTES)
+    assert secret_sharing.PRIME < 1 << (8 * secret_sharing.SHARE_BYTES)
+
+
+def test_shares_are_the_values_of_a_polynomial(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([7, 11])
+    monkeypatch.setattr(secret_sharing.secrets, "randbelow", lambda below: next(drawn))
+    shares = secret_sharing.split((3).to_bytes(16, "big"), 3, 4)
+    assert [int.from_bytes(share, "big") for share in shares] == [3 + 7 * x + 11 * x * x for x in (1, 2, 3, 4)]

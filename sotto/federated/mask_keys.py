@@ -1,30 +1,30 @@
-"""The cryptography of masked rounds, all of it from libraries.
+"""The cryptography of masked rounds, from libraries but for the arithmetic of `secret_sharing`.
 
-Agreement of keys is X25519, keys are derived by HKDF-SHA256, shares travel under AES-128-GCM (all `cryptography`),
-secrets are shared by Shamir's scheme over GF(2^128) (pycryptodome), and a key becomes a mask by AES-128 in counter mode
-(`privacy/noise`). Every key is derived for one purpose in one round, and encrypts one message; so the nonce is
-constant.
+Agreement of keys is X25519, keys are derived by HKDF-SHA256, shares travel under AES-128-GCM (all `cryptography`), and
+a key becomes a mask by AES-128 in counter mode (`privacy/noise`). Every key is derived for one purpose in one round,
+and encrypts one message; so the nonce is constant.
 
-Secrets that are shared have 16 bytes: one block of Shamir's scheme, and the strength of AES-128.
+Secrets that are shared have 16 bytes, the strength of AES-128.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
-from Crypto.Protocol.SecretSharing import Shamir
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from sotto.federated import secret_sharing
 from sotto.privacy.noise import keyed_words
 
-SEED, PUBLIC, SHARE, TAG, COMMITMENT = 16, 32, 16, 16, 32
+SEED, PUBLIC, SHARE, TAG, COMMITMENT = secret_sharing.SECRET_BYTES, 32, secret_sharing.SHARE_BYTES, 16, 32
 """Lengths in bytes: of a secret, a public key, a share, what encryption adds, and a commitment."""
 _NONCE = bytes(12)
 
@@ -80,18 +80,20 @@ def opened(key: bytes, box: bytes, purpose: bytes) -> bytes | None:
 
 def split(seed: bytes, threshold: int, count: int) -> list[bytes]:
     """Shares of a secret, for positions 0 to count - 1; any `threshold` of them give it back, fewer tell nothing."""
-    return [share for _, share in Shamir.split(threshold, count, seed, ssss=False)]
+    return secret_sharing.split(seed, threshold, count)
 
 
 def combined(shares: Mapping[int, bytes]) -> bytes:
     """The secret of exactly `threshold` shares, by position; other bytes where one of them is wrong."""
-    pairs: Sequence[tuple[int, bytes]] = [(position + 1, share) for position, share in shares.items()]
-    return bytes(Shamir.combine(pairs, ssss=False))
+    return secret_sharing.combine(shares, _weights(tuple(sorted(shares))))
 
 
 def mask(seed: bytes, purpose: bytes, size: int, word: type[np.uint32] | type[np.uint64]) -> np.ndarray:
     """(size,) uniform integers that only who has the seed can tell."""
     return keyed_words(_derived(seed, purpose, SEED), size, word)
+
+
+_weights = lru_cache(maxsize=16)(secret_sharing.weights)  # a round puts all of its secrets together from one set
 
 
 def _derived(secret: bytes, purpose: bytes, length: int) -> bytes:
