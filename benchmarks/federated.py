@@ -3,6 +3,7 @@
     python benchmarks/federated.py server              # server time and memory of a round, and bytes of a message
     python benchmarks/federated.py codecs --model M --train sst2/train.tsv --eval sst2/dev.tsv
     python benchmarks/federated.py train  --model M --train sst2/train.tsv --eval sst2/dev.tsv
+    python benchmarks/federated.py masks               # the same of rounds under masks, and what masks cost a user
     python benchmarks/federated.py register            # cost of a round for registers of up to a million users
 
 `codecs` and `train` split a labelled file over synthetic users (rows are dealt out in turn) and keep its last rows as
@@ -18,6 +19,7 @@ import csv
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,12 @@ from sotto import session as sessions
 from sotto.commands import evaluate, run_session
 from sotto.config import Config
 from sotto.data import PoissonSampler
+from sotto.federated import unmasking
 from sotto.federated.client import bounded
 from sotto.federated.codec import Identity, Srht, cosine
 from sotto.federated.cohort import LATENT, Cohort
+from sotto.federated.masking import Party
+from sotto.federated.shares import Shares
 from sotto.federated.simulate import simulate
 from sotto.gradients.clipping import Flat
 from sotto.privacy.mechanism import GaussianMechanism
@@ -194,9 +199,52 @@ def report(setting: str, codec: str, run: Any, seconds: float) -> None:
           f"| {seconds:.0f} |", flush=True)  # fmt: skip
 
 
+def masks(size: int = 1_000_000, users: int = 100) -> None:
+    """Whole rounds under masks; every user's message is the same, which no sum of masked words notices."""
+    shares, message = Shares.of(1.0, 1.0, users, 0.2), torch.ones(size, dtype=torch.int32)
+    print(f"{users} users, {size:,} numbers, {torch.get_num_threads()} thread(s), CPU seconds\n")
+    print("| users gone after sharing | server | one user, keys and shares | one user, masks | bytes over raw |")
+    print("|--:|--:|--:|--:|--:|")
+    for gone in (0, 5, 10):
+        round_ = unmasking.MaskedRound("benchmark", range(users), shares, size)
+        parties = {user: Party(round_.label, shares.least) for user in range(users)}
+        spent = {"server": 0.0, "shares": 0.0, "masks": 0.0}
+
+        def timed(who: str, work: Callable[[], Any], spent: dict[str, float] = spent) -> Any:
+            begun = time.process_time()
+            result = work()
+            spent[who] += time.process_time() - begun
+            return result
+
+        sent = {user: timed("shares", party.keys) for user, party in parties.items()}
+        timed("server", lambda r=round_, s=sent: r.take_keys(s.items()))
+        sent = {u: timed("shares", lambda p=p, r=round_: p.shares(r.roster)) for u, p in parties.items()}
+        timed("server", lambda r=round_, s=sent: r.take_shares(s.items()))
+        for user, party in parties.items():
+            boxes = timed("server", lambda r=round_, u=user: r.boxes_for(u))
+            timed("shares", lambda p=party, r=round_, b=boxes: p.admit(r.present, b))
+
+        def messages(parties: Any = parties, gone: int = gone, word: Any = round_.word) -> Any:
+            for user in range(gone, users):
+                yield user, timed("masks", lambda: parties[user].mask(message, word))  # noqa: B023
+
+        begun, before = time.process_time(), spent["masks"]
+        round_.take_messages(messages())
+        spent["server"] += time.process_time() - begun - (spent["masks"] - before)
+        left = round_.users_at(round_.survivors)
+        sent = {u: timed("shares", lambda p=parties[u], r=round_: p.reveal(r.survivors)) for u in left}
+        timed("server", lambda r=round_, s=sent: r.take_reveals(s.items()))
+        assert round_.total is not None
+        assert torch.equal(round_.total, torch.full((size,), float(users - gone), dtype=torch.float64))
+        up = sum(count for what, count in round_.moved.items() if not what.endswith("down")) / (4 * size)
+        one = spent["masks"] / (users - gone)
+        print(f"| {gone} | {spent['server']:.2f} | {spent['shares'] / users:.3f} | {one:.3f} "
+              f"| {up / (users - gone):.4f} |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["server", "codecs", "train", "register"])
+    parser.add_argument("what", choices=["server", "masks", "codecs", "train", "register"])
     parser.add_argument("--model")
     parser.add_argument("--train")
     parser.add_argument("--eval")
@@ -216,8 +264,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what in ("server", "register"):
-        {"server": server, "register": register}[arguments.what]()
+    if arguments.what in ("server", "masks", "register"):
+        {"server": server, "masks": masks, "register": register}[arguments.what]()
     else:
         {"codecs": codecs, "train": train}[arguments.what](arguments)
 
