@@ -42,6 +42,7 @@ _WHERE = {
             "show",
             "ledger",
             "memory",
+            "report",
             "doctor",
         ),
         "sotto.commands",
@@ -89,6 +90,9 @@ if TYPE_CHECKING:
     )
     from sotto.commands import (
         plan as plan,
+    )
+    from sotto.commands import (
+        report as report,
     )
     from sotto.commands import (
         resume as resume,

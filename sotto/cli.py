@@ -105,7 +105,7 @@ def init(
 def plan(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
     """Show noise, steps, epsilon, memory and alternatives before any data is touched."""
     from sotto import commands
-    from sotto.report import plan_text
+    from sotto.reporting import plan_text
 
     made = commands.plan(_load(config, set))
     if as_json:
@@ -118,7 +118,7 @@ def plan(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
 def memory(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
     """Show what memory every method would need, and the largest microbatch that fits, before anything is read."""
     from sotto import commands
-    from sotto.report import memory_text
+    from sotto.reporting import memory_text
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():
@@ -141,11 +141,14 @@ def check(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None
 @app.command()
 def train(config: ConfigPath, set: Sets = None) -> None:
     """Fine-tune a model within its privacy budget."""
-    from sotto import session
+    from sotto import commands, distributed, session
 
     loaded = _load(config, set)
     session.require_central(loaded)
-    work(session.start(loaded, config.stem))
+    if distributed.follows():
+        commands.train(loaded)
+    else:
+        work(session.start(loaded, config.stem, group=distributed.lead(loaded)))
 
 
 @app.command()
@@ -179,19 +182,22 @@ def sweep(
 @app.command()
 def resume(run: RunPath) -> None:
     """Continue a run after a crash or Ctrl-C."""
-    from sotto import commands, session
+    from sotto import commands, distributed, session
+    from sotto.rundir import RunDir
 
     path = find_run(run)
     if (done := commands._finished(path)) is not None:
         _report(done)
+    elif distributed.follows():
+        commands.resume(path)
     else:
-        work(session.resume(path))
+        work(session.resume(path, group=distributed.lead(RunDir.open(path).config())))
 
 
 def work(session: Any) -> None:
     """Runs a session with its progress on the terminal, and prints what it earned."""
     from sotto import commands
-    from sotto.report.progress import announce, progress_line
+    from sotto.reporting.progress import announce, progress_line
 
     announce(session)
     with progress_line(session) as update:
@@ -313,6 +319,20 @@ def show(run: RunPath) -> None:
 
 
 @app.command()
+def report(
+    run: RunPath,
+    to: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run folder.")] = None,
+    audit: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="What 'sotto audit CONFIG --json' printed. Repeatable.")
+    ] = None,
+) -> None:
+    """Write one page about a finished run, for whoever has to sign it."""
+    from sotto import commands
+
+    print(commands.report(find_run(run), to, tuple(audit or ())))
+
+
+@app.command()
 def ledger(
     config: ConfigPath,
     set: Sets = None,
@@ -323,7 +343,7 @@ def ledger(
 ) -> None:
     """Show what all runs have spent on a dataset, set its budget, or close a run."""
     from sotto import commands
-    from sotto.report import ledger_text
+    from sotto.reporting import ledger_text
 
     summary = commands.ledger(_load(config, set), budget_epsilon, budget_delta, close)
     _print_json(summary) if as_json else print(ledger_text.render(summary))

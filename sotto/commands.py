@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sotto.auditing.split import SplitReport
     from sotto.data import DataReport
     from sotto.memory_budget import MemoryTable
-    from sotto.models.source import ModelFacts
     from sotto.privacy.plan import Plan
 
 ConfigLike = Config | str | Path
@@ -61,32 +60,14 @@ def plan(config: ConfigLike) -> Plan:
     Raises:
       SottoError: a value is out of range, or the model's files are missing or unsafe.
     """
+    from sotto import memory_estimate
     from sotto.models import source
     from sotto.privacy.plan import make_plan
 
     config = _config(config)
     made = make_plan(config)
     facts = source.inspect(source.resolve(config.model.name, config.model.revision))
-    return dataclasses.replace(made, memory=_memory(config, facts))
-
-
-def _memory(config: Config, facts: ModelFacts) -> dict[str, int]:
-    """Bytes by part: estimated at once, without torch; or, for a run with a memory budget, as it will be held to."""
-    if config.run.memory is None:
-        from sotto import memory_estimate
-
-        guess = memory_estimate.estimate(facts, config)
-        trained = memory_estimate.trainable_parameters(facts, config)
-        parts, total, size, budget = guess.parts, guess.total, guess.microbatch_size, guess.budget
-        room = budget
-    else:
-        from sotto import memory_budget
-        from sotto.session import choose_device
-
-        forecast, kept = memory_budget.choose(config, choose_device(config.run.device), facts)
-        parts, total, size, trained = forecast.parts, forecast.peak, forecast.microbatch_size, forecast.trainable
-        budget, room = kept.total, kept.room
-    return {**parts, "total": total, "trainable": trained, "microbatch_size": size, "budget": budget, "room": room}
+    return dataclasses.replace(made, memory=memory_estimate.of_plan(config, facts))
 
 
 def memory(config: ConfigLike, progress: Callable[[int, int], None] = lambda done, of: None) -> MemoryTable:
@@ -120,12 +101,14 @@ def train(config: ConfigLike, progress: Callable[[int, dict[str, Any]], None] | 
       SottoError: bad input; nothing has been written and nothing charged.
       BudgetExceeded: the dataset's own budget does not allow the run.
     """
-    from sotto import session
+    from sotto import distributed, session
 
     stem = Path(config).stem if isinstance(config, str | Path) else "run"
     config = _config(config)
     session.require_central(config)
-    return run_session(session.start(config, stem), progress)
+    if distributed.follows():
+        return _followed(config)
+    return run_session(session.start(config, stem, group=distributed.lead(config)), progress)
 
 
 def resume(path: str | Path, progress: Callable[[int, dict[str, Any]], None] | None = None) -> Run:
@@ -133,9 +116,23 @@ def resume(path: str | Path, progress: Callable[[int, dict[str, Any]], None] | N
 
     A run that has finished is only opened: nothing is trained, written or charged.
     """
-    from sotto import session
+    from sotto import distributed, session
+    from sotto.rundir import RunDir
 
-    return _finished(path) or run_session(session.resume(path), progress)
+    if (done := _finished(path)) is not None:
+        return done
+    config = RunDir.open(path).config()
+    if distributed.follows():
+        return _followed(config)
+    return run_session(session.resume(path, group=distributed.lead(config)), progress)
+
+
+def _followed(config: Config) -> Run:
+    """The run as a process that is not the first of several sees it: it writes nothing, and states nothing."""
+    from sotto import distributed
+
+    done = distributed.follow(config)
+    return Run(done.path, done.model, None, None, finished=True, steps=done.steps, notes=[])
 
 
 def _finished(path: str | Path) -> Run | None:
@@ -182,6 +179,8 @@ def run_session(
                     session.activations = activations.fill(session, autocast(session.config, session.device))
                 with graceful_stop(session):
                     finished = (loop or train_loop)(session, metrics)
+                if session.followers is not None:
+                    session.followers.dismiss()
             finally:
                 metrics.close()
             guarantee, statement = finish(session) if finished else (None, None)
@@ -309,32 +308,9 @@ def check(config: ConfigLike) -> DataReport:
 
 def ls(directory: str | Path = "runs") -> list[dict[str, Any]]:
     """The runs in a folder: name, state (finished, unfinished or damaged), steps, epsilon."""
-    from sotto.metrics import last_step
-    from sotto.rundir import RunDir
+    from sotto.rundir import list_runs
 
-    found = []
-    for path in sorted(Path(directory).glob("[!.]*/plan.json")):
-        run = RunDir(path.parent)
-        if not (run.path / "private").is_dir():
-            continue  # somebody else's plan.json
-        state, done, planned = "finished" if run.finished else "unfinished", {}, {}
-        try:
-            planned = run.read_json("plan.json")
-            done = run.read_json("privacy.json") if run.finished else {}
-        except SottoError:
-            state = "damaged"
-        found.append(
-            {
-                "run": str(run.path),
-                "state": state,
-                "step": last_step(run.path),
-                "steps": planned.get("steps"),
-                "epsilon": done.get("epsilon"),
-                "delta": planned.get("delta"),
-                "private": planned.get("not_private") is None,
-            }
-        )
-    return found
+    return list_runs(Path(directory))
 
 
 def show(path: str | Path) -> str:
@@ -348,6 +324,21 @@ def show(path: str | Path) -> str:
     if run.finished:
         return run.read("statement.txt")
     return f"Unfinished: it has no statement yet. Continue it with: sotto resume {run.path}\n"
+
+
+def report(path: str | Path, to: str | Path | None = None, audits: tuple[str | Path, ...] = ()) -> Path:
+    """Writes one page about a finished run, as a single HTML file, for whoever has to sign it.
+
+    It holds public facts alone, so it can be handed over with the model.
+
+    Args:
+      path: a run folder.
+      to: the file to write; default: `report.html` in the run folder, where every run has one from its end on.
+      audits: files of what `sotto audit CONFIG --json` printed, to be set beside the promise.
+    """
+    from sotto.reporting.page import write_report
+
+    return write_report(Path(path), Path(to or Path(path) / "report.html"), tuple(map(Path, audits)))
 
 
 def ledger(

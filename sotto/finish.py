@@ -21,7 +21,7 @@ from sotto.privacy import statement
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.plan import Plan
 from sotto.privacy.statement import Guarantee
-from sotto.report import card
+from sotto.reporting import card, page
 from sotto.rundir import RunDir
 from sotto.session import LedgerBudget
 from sotto.training import Session
@@ -45,6 +45,7 @@ def finish(session: Session) -> tuple[Guarantee | None, str | None]:
         session.run.seal_model()
     if words is not None:
         session.run.write("statement.txt", words)
+    page.save(page.render(session.run, facts), session.run.path / "report.html")
     activations.delete(session.run)
     # Last of all: its presence is what says that the run is finished.
     session.run.write("privacy.json", json.dumps(facts, indent=2) + "\n")

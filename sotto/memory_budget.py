@@ -46,7 +46,7 @@ class Budget:
     def of(cls, config: Config, device: torch.device) -> Budget:
         given = config.run.memory_bytes
         if given is None:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_estimate.free_memory()
             return cls(free, round(RESERVE * free), False)
         used = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
         return cls(given, round(RESERVE * given) - used, True)

@@ -7,6 +7,7 @@ block. A wrong estimate costs speed alone: when memory runs out the microbatch i
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -93,6 +94,11 @@ def _side_parameters(facts: ModelFacts, config: Config, matrices: int, vectors: 
     return (layers + 1) * (d + 1) * s + layers * (each + 1) + 2 * s + (s + 1) * d
 
 
+def free_memory() -> int:
+    """Bytes that this process may take of what the machine has free: its share, if torchrun started several here."""
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> MemoryEstimate:
     """Predicts the peak of a training run and chooses the microbatch size.
 
@@ -100,7 +106,7 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
       budget: bytes; by default what the machine has free now.
     """
     if budget is None:
-        budget = psutil.virtual_memory().available
+        budget = free_memory()
     trained = trainable_parameters(facts, config)
     copies = (2 if config.run.optimizer == "adamw" else int(config.run.momentum > 0)) + int(config.run.ema_decay > 0)
     per_example = activations(facts, config)
@@ -140,3 +146,20 @@ def activations(facts: ModelFacts, config: Config) -> int:
     if method.train == "lora" and method.lora_layers is not None:
         share *= max(0.1, len(method.lora_layers) / max(1, layers))
     return round(tokens * (layers * (saved * share + kept) * size + logits))
+
+
+def of_plan(config: Config, facts: ModelFacts) -> dict[str, int]:
+    """Bytes by part: estimated at once, without torch; or, for a run with a memory budget, as it will be held to."""
+    if config.run.memory is None:
+        guess = estimate(facts, config)
+        trained = trainable_parameters(facts, config)
+        parts, total, size, budget = guess.parts, guess.total, guess.microbatch_size, guess.budget
+        room = budget
+    else:
+        from sotto import memory_budget
+        from sotto.session import choose_device
+
+        forecast, kept = memory_budget.choose(config, choose_device(config.run.device), facts)
+        parts, total, size, trained = forecast.parts, forecast.peak, forecast.microbatch_size, forecast.trainable
+        budget, room = kept.total, kept.room
+    return {**parts, "total": total, "trainable": trained, "microbatch_size": size, "budget": budget, "room": room}

@@ -3,7 +3,7 @@
 runs/2026-11-22_clinic_4f1c/
   config.yaml     what ran            plan.json        the numbers derived from it
   statement.txt   the guarantee       privacy.json     the same for machines
-  metrics.public.jsonl                metrics.private.jsonl  (0600)
+  report.html     a page about both   metrics.public.jsonl, metrics.private.jsonl (0600)
   private/        sampling key, dataset name in the ledger, data report, seal (0700, never exported)
   checkpoints/    resumable (0700)    model/           the exported Hugging Face folder
 """
@@ -28,6 +28,7 @@ from typing import Any
 from sotto import config_file
 from sotto.config import Config
 from sotto.errors import SottoError, did_you_mean
+from sotto.metrics import last_step
 from sotto.privacy.plan import Plan
 
 SEAL = "private/seal.json"
@@ -163,6 +164,10 @@ class RunDir:
         """Compares the exported model with the seal. Raises SOT516."""
         self.verify(*(name for name in self._seal() if name.startswith("model/")))
 
+    def released(self) -> dict[str, str]:
+        """SHA-256 of the files that are there to be handed over, as they were when the run ended. Raises SOT516."""
+        return {n: digest for n, digest in self._seal().items() if n.startswith("model/") or n == "statement.txt"}
+
     def _seal(self) -> dict[str, str]:
         try:
             sums, check = json.loads((self.path / SEAL).read_text(encoding="utf-8"))
@@ -262,3 +267,30 @@ def find_run(path: str | Path) -> Path:
         raise SottoError("SOT501", what=f"there is no such folder.{near}", where=str(path.absolute()),
                          why="a run is read from its folder", fix="'sotto ls' lists the runs")  # fmt: skip
     return path
+
+
+def list_runs(directory: Path) -> list[dict[str, Any]]:
+    """See `sotto.ls`."""
+    found = []
+    for path in sorted(directory.glob("[!.]*/plan.json")):
+        run = RunDir(path.parent)
+        if not (run.path / "private").is_dir():
+            continue  # somebody else's plan.json
+        state, done, planned = "finished" if run.finished else "unfinished", {}, {}
+        try:
+            planned = run.read_json("plan.json")
+            done = run.read_json("privacy.json") if run.finished else {}
+        except SottoError:
+            state = "damaged"
+        found.append(
+            {
+                "run": str(run.path),
+                "state": state,
+                "step": last_step(run.path),
+                "steps": planned.get("steps"),
+                "epsilon": done.get("epsilon"),
+                "delta": planned.get("delta"),
+                "private": planned.get("not_private") is None,
+            }
+        )
+    return found

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from sotto import checkpoint, memory_budget
+from sotto import checkpoint, distributed, memory_budget
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler
 from sotto.data.load import ledger_id, load_dataset_for
+from sotto.distributed import Followers, Group
 from sotto.errors import SottoError
 from sotto.federated import server as federation
 from sotto.federated.cohort import Carrier, Cohort
@@ -33,6 +34,7 @@ from sotto.gradients.engine import Engine, attach
 from sotto.losses import autocast, forward_losses
 from sotto.metrics import no_tensorboard
 from sotto.models import load as models_load
+from sotto.models.activation_cache import ActivationCache
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
 from sotto.privacy.ledger import Ledger
@@ -84,14 +86,16 @@ class NoBudget:
 
 @dataclass
 class Loaded:
-    """Model, tokenizer and data, read and checked; nothing written yet."""
+    """Model, tokenizer and data, read and checked; nothing written yet. It is a `training.Holder`."""
 
+    config: Config
     model: torch.nn.Module
     tokenizer: Any
     engine: Engine | ZerothOrder | Cohort
     data: LoadedData
     microbatch_size: int
     device: torch.device
+    activations: ActivationCache | None = None
 
 
 def load_parts(config: Config, directions_key: str, carrier: Carrier | None = None) -> Loaded:
@@ -101,7 +105,7 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
       directions_key: the public key of the run's directions, with zeroth-order gradients, or of its codec.
       carrier: takes orders to users whose text is elsewhere, in a federated run.
     """
-    device = choose_device(config.run.device)
+    device = distributed.device_of(config)
     size = memory_budget.microbatch_size(config, device)  # first: what does not fit is refused before anything is read
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     data = load_dataset_for(config, loaded.tokenizer, "train") if carrier is None else federation.register(config)
@@ -111,7 +115,7 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
         engine = federation.engine_for(config, *mine, directions_key, carrier)
     else:
         engine = make_engine(model, config, device, directions_key)
-    return Loaded(model, loaded.tokenizer, engine, data, size, device)
+    return Loaded(config, model, loaded.tokenizer, engine, data, size, device)
 
 
 def make_engine(
@@ -158,12 +162,14 @@ def start(
     stem: str,
     change: Callable[[Loaded], Loaded] = lambda parts: parts,
     carrier: Carrier | None = None,
+    group: Group | None = None,
 ) -> Session:
     """Begins a new run: central, or the server's side of a federated one.
 
     Args:
       change: what to make of model and data when they have been read, for audits.
       carrier: takes the orders of a federated run to users elsewhere; default: all text is here.
+      group: the processes that compute it, this one first; default: this one alone.
     """
     require_one_loop(config)
     require_writable(config)
@@ -178,7 +184,7 @@ def start(
         "run": run.id,
         "sampling_key": key.hex(),
         "ledger": ledger_id(config, parts.data.fingerprint),
-        "data": _digest(parts.data),
+        "data": digest(parts.data),
         "elsewhere": carrier is not None,
     }
     session = _assemble(config, plan, run, parts, secret)
@@ -193,6 +199,14 @@ def start(
         session.held.close()
         shutil.rmtree(session.run.path, ignore_errors=True)
         raise
+    return _led(session, group, directions_key, secret["data"])
+
+
+def _led(session: Session, group: Group | None, directions_key: str, data: str) -> Session:
+    """Has the other processes of a run follow it."""
+    if group is not None:
+        session.followers = Followers(group)
+        session.followers.greet(session, directions_key, data)
     return session
 
 
@@ -242,18 +256,18 @@ def require_one_loop(config: Config) -> None:
         require_central(config)
 
 
-def resume(path: str | Path, carrier: Carrier | None = None) -> Session:
+def resume(path: str | Path, carrier: Carrier | None = None, group: Group | None = None) -> Session:
     """Continues a run from its newest whole checkpoint, or from its start.
 
     Args:
-      carrier: as for `start`.
+      carrier, group: as for `start`.
     """
     run = RunDir.open(path)
     with ExitStack() as held:
         held.enter_context(run.locked())  # before anything is read that another process might still change
         session = _resume(run, carrier)
         session.held = held.pop_all()
-    return session
+    return _led(session, group, run.read_json("plan.json")[DIRECTIONS], digest(session.data))
 
 
 def _resume(run: RunDir, carrier: Carrier | None) -> Session:
@@ -271,7 +285,7 @@ def _resume(run: RunDir, carrier: Carrier | None) -> Session:
             fix="'sotto resume RUN' for a simulation; 'flwr run APP --run-config resume=RUN' for the other",
         )  # fmt: skip
     parts = load_parts(config, run.read_json("plan.json")[DIRECTIONS], carrier)
-    if _digest(parts.data) != secret["data"]:
+    if digest(parts.data) != secret["data"]:
         raise SottoError(
             "SOT507", what="the training data has changed since the run began", where=config.data.train,
             why="the guarantee is about one dataset, and its ledger is another",
@@ -288,14 +302,14 @@ def _resume(run: RunDir, carrier: Carrier | None) -> Session:
     return session
 
 
-def _digest(data: LoadedData) -> str:
+def digest(data: LoadedData) -> str:
     """What the loop sees of the data, exactly: tokens, labels, units, and their order."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     examples, units = data.examples, data.units
     for array in (examples.input_ids, examples.offsets, examples.labels, units.offsets, units.members):
-        digest.update(b"" if array is None else array.tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()
+        found.update(b"" if array is None else array.tobytes())
+        found.update(b"|")
+    return found.hexdigest()
 
 
 def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, str]) -> Session:

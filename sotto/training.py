@@ -23,6 +23,7 @@ from sotto import checkpoint
 from sotto.activations import instead_of_layers
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler, microbatches
+from sotto.distributed import Followers
 from sotto.errors import SottoError
 from sotto.federated.cohort import Cohort
 from sotto.federated.server import Decoding
@@ -94,6 +95,8 @@ class Session:
     notes: list[str] = field(default_factory=list)
     activations: ActivationCache | None = None
     """What a frozen model gave for each example, with `method.side_cache`."""
+    followers: Followers | None = None
+    """The other processes that compute this run."""
     held: ExitStack = field(default_factory=ExitStack)
     """The lock on the run folder, from before the first file is read until the run ends."""
 
@@ -105,14 +108,21 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
         units = begin_step(s, step)
         if units is None:
             break
-        with dropout_stream(s, step):
-            total = clipped_sum(s, units, step)
+        total = _sum_of_all(s, units, step)
         if s.engine.arrangement != s.engine.verified:  # some module has gone over to another rule
             check_gradients(s)
         finish_step(s, step, units, total, metrics)
         if s.stop_requested and s.step < s.plan.steps:
             return False
     return True
+
+
+def _sum_of_all(s: Session, units: np.ndarray, step: int) -> ClippedSum:
+    """The clipped sum of the drawn units, by all processes of the run."""
+    mine = units if s.followers is None else s.followers.order(step, units)
+    with dropout_stream(s, step):
+        total = clipped_sum(s, mine, step)
+    return total if s.followers is None else s.followers.gather(total)
 
 
 def begin_step(session: Session, step: int) -> np.ndarray | None:
@@ -133,6 +143,8 @@ def finish_step(session: Session, step: int, units: np.ndarray, total: ClippedSu
     update = s.mechanism.privatize(total, step)  # from here on everything is post-processing
     sensitivity = total.sensitivity
     total.gradients.clear()  # the optimizer and the next batch need the room
+    if s.followers is not None:
+        s.followers.update(update, s.engine.clipping)
     s.optimizer.step(update, step)
     s.step = step + 1
     public = public_numbers(s, step, sensitivity)
@@ -207,7 +219,7 @@ def _does_not_fit(s: Holder) -> SottoError:
 
 
 @contextmanager
-def dropout_stream(session: Session, step: int) -> Iterator[None]:
+def dropout_stream(session: Holder, step: int) -> Iterator[None]:
     """Gives each step dropout masks of its own, so that a step that is done again sees the same ones."""
     if not session.config.method.dropout:
         yield

@@ -311,7 +311,7 @@ def test_a_plan_says_how_many_masked_rounds_are_lost(tmp_path: Path):
     import math
 
     from sotto.privacy.adversaries import lost_rounds
-    from sotto.report import plan_text
+    from sotto.reporting import plan_text
 
     few = sum(math.comb(60, m) * 0.2**m * 0.8 ** (60 - m) for m in range(9))
     plan = sotto.plan(config(tmp_path, setting={**MASKED, "dropouts": 0.25}))
@@ -372,7 +372,7 @@ def test_the_codec_may_not_change_when_a_run_goes_on(tmp_path: Path):
     ],
 )
 def test_a_plan_says_against_whom_before_anything_is_read(setting: dict[str, Any], word: str, tmp_path: Path):
-    from sotto.report import plan_text
+    from sotto.reporting import plan_text
 
     assert word in plan_text.render(sotto.plan(config(tmp_path, setting)))
 

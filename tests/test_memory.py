@@ -261,7 +261,7 @@ def test_the_table_knows_every_method(tmp_path: Path, monkeypatch: pytest.Monkey
     table = sotto.memory(config)
     assert [(r.train, r.gradient) for r in table.rows] == [("lora", "ghost"), ("bitfit", "ghost")]
     assert table.pick is table.rows[0]
-    from sotto.report import memory_text
+    from sotto.reporting import memory_text
 
     text = memory_text.render(table)
     assert "lora" in text

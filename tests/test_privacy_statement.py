@@ -12,7 +12,7 @@ from sotto.config import Config
 from sotto.errors import SottoError
 from sotto.privacy import accounting, statement
 from sotto.privacy.plan import Plan, make_plan
-from sotto.report import card, plan_text
+from sotto.reporting import card, plan_text
 
 
 def config(**privacy: object) -> Config:

@@ -19,7 +19,7 @@ from sotto import commands, training
 from sotto import session as sessions
 from sotto.data.sampling import PoissonSampler
 
-PUBLIC = ("model", "privacy.json", "statement.txt", "plan.json", "metrics.public.jsonl")
+PUBLIC = ("model", "privacy.json", "statement.txt", "report.html", "plan.json", "metrics.public.jsonl")
 
 
 class Witness:

@@ -20,7 +20,7 @@ from sotto.privacy import accounting
 from sotto.privacy.events import PoissonLaplace
 from sotto.privacy.mechanism import LaplaceMechanism
 from sotto.privacy.plan import make_plan
-from sotto.report import plan_text
+from sotto.reporting import plan_text
 from sotto.rundir import RunDir
 from sotto.zeroth_order.engine import ZerothOrder
 from sotto.zeroth_order.pruning import masks

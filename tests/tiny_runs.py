@@ -152,7 +152,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 
 # ---- runs in processes of their own, to be killed
 
-PRELOADED = ["tiny_runs", "sotto.session", "sotto.finish", "sotto.report.progress", "dp_accounting"]
+PRELOADED = ["tiny_runs", "sotto.session", "sotto.finish", "sotto.reporting.progress", "dp_accounting"]
 PRELOADED += ["transformers.models.bert.modeling_bert"]
 BOUNDARIES = ("fsync", "replace", "rename", "ftruncate", "mkdir")
 """Calls between which a crash finds different things on the disk."""

@@ -68,7 +68,7 @@ def train_and_score(config: Config) -> tuple[Run, float, float]:
     """Trains, then scores on customers that were never trained on. Returns (run, accuracy, seconds of training)."""
     from sotto import session
     from sotto.commands import run_session
-    from sotto.report.progress import progress_line
+    from sotto.reporting.progress import progress_line
 
     begun = time.perf_counter()
     started = session.start(config, "bank")

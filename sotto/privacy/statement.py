@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,18 @@ class Guarantee:
     epsilon: float
     dataset_epsilon: float
     dataset_runs: int
+
+    @classmethod
+    def from_facts(cls, plan: Plan, facts: Mapping[str, Any]) -> Guarantee:
+        """What `machine_readable` wrote, with its numbers as they were rounded there: up."""
+        return cls(
+            plan,
+            facts["steps"],
+            facts["steps_charged"],
+            facts["epsilon"],
+            facts["dataset_epsilon"],
+            facts["dataset_runs"],
+        )
 
     @property
     def delta(self) -> float:
@@ -98,56 +111,83 @@ def who(plan: Plan) -> str:
     return f"{share} of any one {plan.unit}"
 
 
+RELATIONS = {
+    "add_or_remove_one": "one unit added or removed",
+    "replace_one": "one unit replaced by another",
+}
+"""The neighbouring relations in words."""
+RELEASED = "The final weights, and every intermediate checkpoint, under the same guarantee."
+
+
+def promise(guarantee: Guarantee) -> str:
+    """The guarantee as one sentence without its terms."""
+    odds = math.exp(min(guarantee.epsilon, 700))
+    return (
+        f"The released model was trained so that {who(guarantee.plan)} has little influence on it: whatever anyone "
+        f"concludes from the model, they would have concluded with at most {odds:.3g} times other odds had that unit "
+        f"not been in the training data{_except(guarantee)}."
+    )
+
+
+def how(guarantee: Guarantee) -> str:
+    """What was done in each step, and how epsilon follows from it."""
+    plan, g = guarantee.plan, guarantee
+    return (
+        f"Each of {g.steps_taken:,} steps drew every unit independently with probability {plan.sampling_prob:.6g}, "
+        f"scaled {_clipping(plan)}, added {plan.noise.capitalize()} "
+        f"noise of {plan.noise_multiplier:.6g} times that norm from a cryptographic generator, and divided by the "
+        f"constant {plan.expected_batch_size:,}. {_accounting(plan)} Without "
+        "amplification by sampling, for passes in an order known to the attacker, epsilon would be "
+        f"{_or_dash(plan.unamplified_epsilon)}."
+    )
+
+
+def lost_steps(guarantee: Guarantee) -> str | None:
+    """What was paid for twice, or None."""
+    lost = guarantee.steps_charged - guarantee.steps_taken
+    if not lost:
+        return None
+    return f"{lost} step(s) were lost and done again; they are charged twice ({guarantee.steps_charged:,} in all)."
+
+
+def dataset(guarantee: Guarantee) -> str:
+    """What all runs on the same data cost together."""
+    plan, g = guarantee.plan, guarantee
+    return (
+        f"Together with all runs that protect this unit on the same data ({g.dataset_runs} in the ledger) epsilon is "
+        f"{accounting.round_up(g.dataset_epsilon)}{f' at delta {plan.delta:g}' if plan.pure else ''}."
+    )
+
+
 def text(guarantee: Guarantee) -> str:
     """The statement as a page of plain text."""
     plan, g = guarantee.plan, guarantee
-    epsilon = accounting.round_up(g.epsilon)
-    odds = math.exp(min(g.epsilon, 700))
-    relation = {
-        "add_or_remove_one": "one unit added or removed",
-        "replace_one": "one unit replaced by another",
-    }[plan.neighboring_relation]
-    lost = g.steps_charged - g.steps_taken
     found = accounting.round_up(100 * g.detection_rate(0.01), 1)
+    lost = lost_steps(g)
     lines = [
         "PRIVACY STATEMENT",
         "",
-        *_paragraph(
-            f"The released model was trained so that {who(plan)} has little influence on it: whatever anyone concludes "
-            f"from the model, they would have concluded with at most {odds:.3g} times other odds had that unit not "
-            f"been in the training data{_except(g)}.",
-            indent="",
-        ),
+        *_paragraph(promise(g), indent=""),
         "",
-        f"  epsilon               {epsilon}   (an upper bound, rounded up; budget {plan.epsilon:g})",
+        f"  epsilon               {accounting.round_up(g.epsilon)}   (an upper bound, rounded up; "
+        f"budget {plan.epsilon:g})",
         *_delta(g),
         f"  protected unit        {plan.unit}: {who(plan)}",
-        f"  neighbouring datasets {relation} ({plan.neighboring_relation})",
+        f"  neighbouring datasets {RELATIONS[plan.neighboring_relation]} ({plan.neighboring_relation})",
         f"  against an attacker   who accepts 1 % false alarms: at most {found} % of members are found",
         f"  for comparison        a Gaussian mechanism of this epsilon and delta has mu {accounting.round_up(g.mu)}",
         f"  public count of units {plan.num_units:,}",
         "",
         "HOW",
-        *_paragraph(
-            f"Each of {g.steps_taken:,} steps drew every unit independently with probability {plan.sampling_prob:.6g}, "
-            f"scaled {_clipping(plan)}, added {plan.noise.capitalize()} "
-            f"noise of {plan.noise_multiplier:.6g} times that norm from a cryptographic generator, and divided by the "
-            f"constant {plan.expected_batch_size:,}. {_accounting(plan)} Without "
-            "amplification by sampling, for passes in an order known to the attacker, epsilon would be "
-            f"{_or_dash(plan.unamplified_epsilon)}."
-        ),
-    ]
-    if lost:
-        lines += [f"  {lost} step(s) were lost and done again; they are charged twice ({g.steps_charged:,} in all)."]
-    lines += _against_whom(g)
-    lines += [
+        *_paragraph(how(g)),
+        *([f"  {lost}"] if lost else []),
+        *_against_whom(g),
         "",
         "THIS DATASET",
-        f"  Together with all runs that protect this unit on the same data ({g.dataset_runs} in the ledger) epsilon is "
-        f"{accounting.round_up(g.dataset_epsilon)}{f' at delta {plan.delta:g}' if plan.pure else ''}.",
+        f"  {dataset(g)}",
         "",
         "WHAT IS RELEASED",
-        "  The final weights, and every intermediate checkpoint, under the same guarantee.",
+        f"  {RELEASED}",
         "",
         "WHAT IS NOT COVERED",
         *(f"  * {item}" for item in NOT_COVERED),
@@ -160,9 +200,13 @@ def _against_whom(g: Guarantee) -> list[str]:
         return []
     lines = ["", "AGAINST WHOM"]
     for a in g.adversaries:
-        bound = "NO GUARANTEE" if a.epsilon is None else f"epsilon {accounting.round_up(a.epsilon)}"
-        lines += _paragraph(f"* {a.who}: {bound}. Sees {a.sees}. Because: {a.because}.")
+        lines += _paragraph(f"* {a.who}: {bound_of(a)}. Sees {a.sees}. Because: {a.because}.")
     return lines
+
+
+def bound_of(adversary: Adversary) -> str:
+    """What is promised against one adversary."""
+    return "NO GUARANTEE" if adversary.epsilon is None else f"epsilon {accounting.round_up(adversary.epsilon)}"
 
 
 def _except(g: Guarantee) -> str:
@@ -240,6 +284,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "expected_batch_size": plan.expected_batch_size,
         "epsilon_without_amplification": plan.unamplified_epsilon,
         "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),
+        "dataset_runs": g.dataset_runs,
         "released": "final weights and all checkpoints",
         "not_covered": list(NOT_COVERED),
         "adversaries": [a.to_dict() for a in g.adversaries] or None,

@@ -17,7 +17,7 @@ from sotto import session as sessions
 from sotto.data.sampling import PoissonSampler
 from sotto.models import config_json, lora, source
 from sotto.privacy.noise import SecureNoise
-from sotto.report import card
+from sotto.reporting import card
 
 NEIGHBOUR = "test_replay.py::test_a_neighbouring_dataset_shows_nowhere_in_public[classification-full-flat"
 RELEASED = "test_training.py::test_nothing_private_is_in_what_is_released[classification"

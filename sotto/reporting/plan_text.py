@@ -5,7 +5,7 @@ from __future__ import annotations
 from sotto.privacy.accounting import round_up
 from sotto.privacy.adversaries import adversaries, lost_rounds
 from sotto.privacy.plan import Alternative, Plan
-from sotto.report.memory_text import PARTS
+from sotto.reporting.memory_text import PARTS
 
 GIB = 1024**3
 FEW_LOOKS = 1000
@@ -66,6 +66,12 @@ def _budget(plan: Plan) -> list[str]:
         + (f"; {round_up(plan.epsilon_at(plan.steps, plan.delta))} at delta {plan.delta:g}" if plan.pure else ""),
         f"{'':<16} {round_up(plan.unamplified_epsilon or 0.0)} if batches were passes in an order that is known",
     ]
+    if not plan.pure:
+        curve = (
+            f"{round_up(plan.epsilon_at(plan.steps, plan.delta / f, 'coarse'))} at delta {plan.delta / f:g}"
+            for f in (10, 100)
+        )
+        lines.insert(-1, f"{'':<16} {', '.join(curve)}: the same run, read at other deltas")
     lines += _probes(plan) if plan.probes else []
     if plan.delta >= 1 / plan.num_units and not plan.pure:
         lines.append(
