@@ -112,6 +112,19 @@ class Group:
     def leave(self) -> None:
         dist.destroy_process_group()
 
+    # ---- what is asked of the library, each of them of all processes in the same order
+
+    def _broadcast(self, held: torch.Tensor) -> None:
+        dist.broadcast(held, src=0)
+
+    def _reduce(self, held: torch.Tensor) -> None:
+        dist.reduce(held, dst=0)
+
+    def _all_reduce(self, held: torch.Tensor) -> None:
+        dist.all_reduce(held)
+
+    # ---- what a run needs
+
     def tell(self, facts: dict[str, Any] | None) -> dict[str, Any]:
         """The leader's facts, as JSON, at every process."""
         text = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8).copy()
@@ -122,7 +135,7 @@ class Group:
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """The leader's tensor at every process; the others pass one of its shape and type."""
         held = value.detach().to(self.device).contiguous()
-        dist.broadcast(held, src=0)
+        self._broadcast(held)
         return held
 
     def spread_all(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,7 +155,7 @@ class Group:
         """At the leader, the sum over all processes; elsewhere a sum that is used up."""
         for value in total.gradients.values():
             held = value if value.device == self.device else value.to(self.device)
-            dist.reduce(held, dst=0)
+            self._reduce(held)
             if held is not value:
                 value.copy_(held)
         total.group_norms = self._gather(total.group_norms)
@@ -152,11 +165,10 @@ class Group:
         """The rows of all processes at every one of them: how many there are differs, so they travel padded."""
         counts = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         counts[self.rank] = len(norms_UG)
-        dist.all_reduce(counts)
+        self._all_reduce(counts)
         padded = torch.zeros(self.size, int(counts.max()), norms_UG.shape[1], dtype=torch.float64, device=self.device)
         padded[self.rank, : len(norms_UG)] = norms_UG.to(self.device)
-        # A sum with zeros, and not with nan times zero: rows that are not finite stay what they are.
-        dist.all_reduce(padded)
+        self._all_reduce(padded)  # with zeros, so that rows which are not finite stay what they are
         return torch.cat([padded[r, : int(count)] for r, count in enumerate(counts)])
 
     def agree_on(self, clipping: Clipping) -> None:
@@ -216,15 +228,18 @@ class Followers:
         self.group.leave()
 
 
-def follow(config: Config) -> Followed:
+def follow(config: Config, group: Group | None = None) -> Followed:
     """The life of a process that is not the first: sums what it is told to, and keeps its weights in step.
+
+    Args:
+      group: the processes; default: those that torchrun started.
 
     Raises:
       SottoError: as for training; SOT519, this process reads other data than the leader.
     """
     from sotto import session as sessions
 
-    group = Group.join(config)
+    group = group or Group.join(config)
     facts = group.tell(None)
     parts = sessions.load_parts(config, facts["directions"])
     if sessions.digest(parts.data) != facts["data"]:

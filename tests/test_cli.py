@@ -30,6 +30,7 @@ COMMANDS = [
     "export",
     "ls",
     "show",
+    "report",
     "ledger",
 ]
 COMMANDS += ["audit", "doctor", "sweep"]

@@ -1,7 +1,6 @@
 """A mutant is a named fault, planted in the running code, and the ordinary test that must turn red because of it.
 
-The classes are ways in which real systems got differential privacy wrong. A class without a mutant needs an entry in
-`NOT_BUILT`, which holds only as long as the module that it speaks of does not exist.
+The classes are ways in which real systems got differential privacy wrong. Each of them has a mutant.
 """
 
 from __future__ import annotations
@@ -50,11 +49,6 @@ CLASSES = {
     27: "a file that is read runs code",
     28: "a key or a seed leaves the run folder",
 }
-
-NOT_BUILT = {
-    10: ("sotto/distributed.py", "a run has one process"),
-}
-"""Class -> (what would have to exist, why there is nothing to break yet)."""
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
