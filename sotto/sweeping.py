@@ -184,9 +184,14 @@ def _release(
 
 
 def _facts(planned: SweepPlan, trial: dict[str, Any]) -> dict[str, Any]:
-    """privacy.json of the sweep: that of the trial, where it speaks of the whole."""
+    """privacy.json of the sweep: that of the trial, where it speaks of the whole.
+
+    What the ledger knew when the chosen trial ended tells how many there had been, and the bound rests on that number
+    being secret.
+    """
     of_trial = ("equivalent_gdp_mu", "members_found_at_1_percent_false_alarms", "epsilon_without_amplification")
-    kept = {key: value for key, value in trial.items() if key not in (*of_trial, "steps_charged")}
+    of_ledger = ("steps_charged", "dataset_epsilon", "dataset_runs")
+    kept = {key: value for key, value in trial.items() if key not in of_trial + of_ledger}
     return {
         **kept,
         "epsilon": float(accounting.round_up(planned.epsilon, 6)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import stat
@@ -142,6 +143,23 @@ def test_a_sweep_releases_one_model_and_deletes_the_rest(tmp_path: Path, monkeyp
     # The dataset pays for all trials.
     (book,) = (Path(p) for p in Path(sotto.privacy.ledger.ledger_dir()).glob("*.jsonl"))
     assert len(Ledger.open(book.stem).runs) == 3
+
+
+def test_what_is_released_does_not_tell_how_many_trials_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The bound is that of a number of trials which nobody learns, nor which of them was the best: here the last."""
+    one, scores = sweeping._one, itertools.count()
+    monkeypatch.setattr(sweeping, "_one", lambda *arguments: (one(*arguments)[0], float(next(scores))))
+
+    def released(trials: int) -> dict[str, str]:
+        folder = tmp_path / str(trials)
+        folder.mkdir()
+        monkeypatch.setenv("SOTTO_LEDGER_DIR", str(folder / "ledger"))
+        monkeypatch.setattr(selection, "draw_trials", lambda mean, law: trials)
+        done = sweeping.sweep(config(folder), {"run.learning_rate": ["1e-3"]}, public_eval=True)
+        files = [p for p in done.path.rglob("*") if p.suffix in (".json", ".txt", ".md")]
+        return {p.name: p.read_text().replace(done.path.name, "NAME") for p in files}
+
+    assert released(1) == released(3)
 
 
 def done_plan(made: sotto.Config) -> sweeping.SweepPlan:

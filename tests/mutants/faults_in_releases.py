@@ -12,7 +12,7 @@ import torch
 import yaml
 from mutant import caught_by, wrapped
 
-from sotto import checkpoint, config_file, finish, metrics, rundir, training
+from sotto import checkpoint, config_file, finish, metrics, rundir, sweeping, training
 from sotto import session as sessions
 from sotto.data.sampling import PoissonSampler
 from sotto.models import config_json, lora, source
@@ -37,6 +37,12 @@ def also_public(m: pytest.MonkeyPatch, name: str) -> None:
 
     wrapped(m, training, "private_numbers", private_numbers)
     wrapped(m, training, "public_numbers", lambda right, *args: {**right(*args), name: last[name]})
+
+
+@caught_by("test_sweep.py::test_what_is_released_does_not_tell_how_many_trials_there_were", 21)
+def a_sweep_tells_what_the_ledger_knew(m: pytest.MonkeyPatch) -> None:
+    """What all trials together had cost when the best of them ended says how many there were, which has to be secret."""
+    wrapped(m, sweeping, "_facts", lambda right, planned, trial: {**trial, **right(planned, trial)})
 
 
 @caught_by(PUBLIC, 21)
