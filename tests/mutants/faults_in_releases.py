@@ -41,7 +41,7 @@ def also_public(m: pytest.MonkeyPatch, name: str) -> None:
 
 @caught_by("test_sweep.py::test_what_is_released_does_not_tell_how_many_trials_there_were", 21)
 def a_sweep_tells_what_the_ledger_knew(m: pytest.MonkeyPatch) -> None:
-    """What all trials together had cost when the best of them ended says how many there were, which has to be secret."""
+    """What all trials had cost when the best of them ended says how many there were, which has to be secret."""
     wrapped(m, sweeping, "_facts", lambda right, planned, trial: {**trial, **right(planned, trial)})
 
 
