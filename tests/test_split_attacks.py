@@ -311,6 +311,14 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr("sys.argv", ["sotto", "audit", "--split", str(path), "--limit", "40", "--json"])
     cli.main()
     assert json.loads(capsys.readouterr().out)["recovered"]["nearest neighbour"] > 0.8
+    kept = {**OPEN, "labels": "kept", "label_epsilon": 400.0}
+    path.write_text(config_file.dump(config(kept).to_dict()), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["sotto", "audit", "--split", str(path), "--limit", "40", "--json"])
+    cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["recovered"].keys() == told["rare"].keys() == told["rouge"].keys() == {"nearest neighbour", *ATTACKS}
+    assert told["labels"] == 1.0
+    assert 0.0 <= told["attribute"] <= 1.0, "whether it succeeds is tested above, with more texts"
     plain = tiny_runs.write_yaml(PLACE[0])
     monkeypatch.setattr("sys.argv", ["sotto", "audit", "--split", str(plain)])
     with pytest.raises(SystemExit):

@@ -184,7 +184,7 @@ def test_a_resumed_simulation_counts_the_answers_that_it_gave(tmp_path: Path, mo
     run = simulate(made, path=path)
     assert answers.read_bytes().startswith(before)
     one = 32 + 4 + 20 * 4 * (1 + 3)  # the question's hash, and 20 examples with three numbers each
-    assert len(answers.read_bytes()) == HEAD.size + run.vendor.step * one, "the step that was done again got the answer it had"
+    assert len(answers.read_bytes()) == HEAD.size + run.vendor.step * one, "a step done again got the answer it had"
 
 
 def test_labels_that_are_kept_never_reach_the_vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
