@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--attackers", type=int, default=1000, help="texts that they know; 0: nothing is attacked")
     parser.add_argument("--passes", type=int, default=4)
-    parser.add_argument("--searched", type=int, default=40, help="texts that the searches are tried on")
+    parser.add_argument("--searched", type=int, default=40, help="texts for the searches; 0: none of them")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 0, 2])
     parser.add_argument("--point", type=json.loads, action="append", help="one point instead of the grid, as JSON")
     parser.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,7 @@ import tiny_runs
 import torch
 
 from sotto import cli, config_file
-from sotto.auditing.split import SplitReport, audit_split
+from sotto.auditing.split import SplitReport, audit_customer, audit_split
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise
@@ -253,6 +253,16 @@ def test_attacked_and_known_texts_are_not_the_same(monkeypatch: pytest.MonkeyPat
     assert len(target) == 10
     assert known
     assert not any(target & other for other in known)
+
+
+@pytest.mark.parametrize("setting", [OPEN, {"privatizer": "dx_pooled", "eta": 9.0, "layer": 1}])
+def test_the_searches_can_be_left_out(setting: dict) -> None:
+    made = config(setting)
+    bottom, tokenizer = load_bottom(made)
+    customer = Customer(made, bottom, tokenizer, DebugNoise(0))
+    customer.settle(load_dataset_for(made, tokenizer, "train"))
+    found = audit_customer(customer, limit=40, passes=1, searched=0)
+    assert found.recovered.keys() == {"nearest neighbour", "linear inversion", "learned inversion"}
 
 
 def test_a_view_holds_what_was_sent_in_its_place() -> None:

@@ -125,7 +125,7 @@ def audit_customer(customer: Customer, limit: int, passes: int, seed: int = 0, s
     """The same for a customer whose privatizer is settled. See `audit_split`.
 
     Args:
-      searched: texts that the searches are tried on.
+      searched: texts that the searches are tried on; 0: neither they nor the correction by context are tried.
     """
     data, bottom, config = customer.data, customer.bottom, customer.config
     order = np.random.default_rng(seed).permutation(len(data.examples))
@@ -233,15 +233,15 @@ def invert(
     if not target.ids_sent:
         mapped = inversion.Linear(bottom, tokens, (fresh() for _ in range(passes)))
         found["linear inversion"] = mapped.guess(target)
+    if not target.ids_sent and searched:
         part = target.part(torch.arange(min(searched, len(target.ids_ET))))
         found["search"] = inversion.search(part, bottom, learned)
         # Where ids were sent the learned inverter already corrects them by their context.
         corrector = inversion.train_inverter(fresh, decoded, passes, seed, most=most)
         found["context correction"] = corrector.guess(target)
         if customer.setting.privatizer == "none" and exact.is_causal(bottom):
-            found["exact search"] = exact.search(
-                target.part(torch.arange(min(EXACT, len(target.ids_ET)))), bottom, learned
-            )
+            some = torch.arange(min(EXACT, len(target.ids_ET)))
+            found["exact search"] = exact.search(target.part(some), bottom, learned)
     return found
 
 

@@ -83,7 +83,7 @@ def recover(
         picked_EV[text, tokens_V[chosen]] = 1.0
     return {
         "nearest neighbour": scores_EV,
-        "matching pursuit": picked_EV,
+        **({"matching pursuit": picked_EV} if searched else {}),
         "linear inversion": linear(known, target, size).float(),
         "learned inversion": learned(known, target, size, seed),
     }
