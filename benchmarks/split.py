@@ -1,10 +1,11 @@
 """Split runs: accuracy against empirical privacy, over privatizers, depths and noise.
 
-python -m benchmarks.split --model <folder of all-MiniLM-L6-v2> --train train.tsv --eval dev.tsv --out <folder>
+python -m benchmarks.split --model <folder of all-MiniLM-L6-v2> --shared <folder with data/> --data sst2 --out <folder>
 
-The file has columns `sentence` and `label`. Each point trains the top with LoRA on what was sent, scores privatized
-queries, and attacks what was sent with everything in sotto/split. Points are written as they are done, so a broken run
-goes on. `points.jsonl`, a table in Markdown and a plot come out.
+Each point trains the two topmost blocks with LoRA on what was sent, at every cut the same ones, scores privatized
+queries, and attacks what was sent with everything in sotto/split. So two points differ by what left the customer, and
+not by what the vendor trains. The frozen bottom runs once for all points of a cut. Points are written as they are done,
+so a broken run goes on. `points.jsonl`, a table in Markdown and a plot come out.
 
 With `--throughput` instead: what a customer does for 512 texts (the bottom of two blocks, noise, packing), against the
 plain forward pass of that bottom on the same batches, in turn, in CPU seconds of one thread.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import tempfile
 import time
@@ -22,32 +24,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sotto.auditing.split import audit_split
+from sotto.auditing.split import audit_customer
 from sotto.config import Config
-from sotto.split.simulate import simulate
+from sotto.data.load import load_dataset_for
+from sotto.privacy.noise import SecureNoise
+from sotto.split.cache import Inbox, Outbox
+from sotto.split.customer import Customer, load_bottom
+from sotto.split.parts import Bottom
+from sotto.split.simulate import ask_directly, evaluate
+from sotto.split.vendor import Vendor
 
 Point = dict[str, Any]
 
 SELECTED = {"exempt": "selected", "exempt_epsilon": 2.0, "exempt_share": 0.005}
-GRID: list[Point] = [
-    {"privatizer": "none", "layer": 0},
-    {"privatizer": "dx_tokens", "layer": 0, "eta": 100.0},
-    {"privatizer": "dx_tokens", "layer": 0, "eta": 100.0, **SELECTED},
-    {"privatizer": "none", "layer": 4},
-    {"privatizer": "dx_hidden", "layer": 4, "eta": 8.0},
-    {"privatizer": "dx_tokens", "layer": 0, "eta": 60.0},
-    {"privatizer": "dx_tokens", "layer": 0, "eta": 60.0, **SELECTED},
-    {"privatizer": "dx_hidden", "layer": 4, "eta": 4.0},
-    {"privatizer": "none", "layer": 2},
-    {"privatizer": "dx_hidden", "layer": 2, "eta": 8.0},
-    {"privatizer": "gaussian_pooled", "layer": 4, "epsilon": 8.0, "clip_norm": 4.0},
-    {"privatizer": "dx_hidden", "layer": 2, "eta": 4.0},
-    {"privatizer": "dx_hidden", "layer": 4, "eta": 2.0},
-    {"privatizer": "dx_hidden", "layer": 0, "eta": 8.0},
-    {"privatizer": "dx_tokens", "layer": 0, "eta": 140.0},
-    {"privatizer": "dx_tokens", "layer": 0, "eta": 30.0},
+POOLED: list[Point] = [
+    {"privatizer": "dx_pooled", "eta": 300.0},
+    {"privatizer": "dx_pooled", "eta": 100.0},
+    {"privatizer": "gaussian_pooled", "epsilon": 8.0, "clip_norm": 4.0},
 ]
+NOISED: dict[int, list[float]] = {4: [80.0, 40.0, 20.0], 2: [80.0, 40.0], 0: [160.0, 80.0]}
+"""Layer -> eta of `dx_hidden`."""
+TOKENS: list[Point] = [
+    {"eta": 100.0},
+    {"eta": 100.0, **SELECTED},
+    {"eta": 60.0},
+    {"eta": 60.0, **SELECTED},
+    {"eta": 140.0},
+]
+"""Of `dx_tokens`."""
+
+
+def grid(layer: int) -> list[Point]:
+    """The points of a cut, those that matter most first."""
+    points: list[Point] = [{"privatizer": "none"}]
+    if layer == 0:
+        points += [{"privatizer": "dx_tokens", **point} for point in TOKENS]
+    points += [{"privatizer": "dx_hidden", "eta": eta} for eta in NOISED[layer]]
+    return [{"layer": layer, **point} for point in points + POOLED]
 
 
 def config(point: Point, folder: Path, arguments: argparse.Namespace) -> Config:
@@ -56,51 +71,105 @@ def config(point: Point, folder: Path, arguments: argparse.Namespace) -> Config:
         {
             "model": {"name": arguments.model, "pooling": "mean"},
             "data": {
-                "train": str(folder / "train.tsv"),
-                "eval": str(folder / "eval.tsv"),
-                "text": "sentence",
+                "train": str(folder / "train.csv"),
+                "eval": str(folder / "eval.csv"),
+                "text": "text",
                 "label": "label",
-                "labels": arguments.labels,
-                "max_length": 64,
+                "labels": LABELS[arguments.data],
+                "max_length": arguments.max_length,
             },
             "privacy": {"unit": "record", "num_units": arguments.texts, "epsilon": "none"},
-            "method": {"train": "lora"},
-            "run": {"expected_batch_size": 32, "epochs": arguments.epochs, "learning_rate": 1e-3},
+            "method": {"train": "lora", "lora_layers": [4, 5]} if point["layer"] < BLOCKS else {"train": "head"},
+            "run": {
+                "expected_batch_size": 32,
+                "epochs": arguments.epochs,
+                "learning_rate": arguments.learning_rate,
+                "seed": arguments.seed,
+            },
             "output": {"dir": str(folder / "runs"), "export": "none"},
             "setting": {"kind": "split", **point},
         }
     )
 
 
-def sample(source: str, target: Path, count: int) -> None:
-    """The first `count` rows of a TSV file in an order that is always the same."""
-    with open(source, encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    order = np.random.default_rng(0).permutation(len(rows) - 1)[:count] + 1
-    with open(target, "w", encoding="utf-8", newline="") as file:
-        file.writelines("\t".join(rows[i]) + "\n" for i in [0, *order])
+BLOCKS = 6
+"""Of MiniLM. Above a cut there the vendor has a linear layer to train, and nothing else."""
+LABELS = {"sst2": ["0", "1"], "ag_news": ["1", "2", "3", "4"]}
 
 
-def measure(point: Point, arguments: argparse.Namespace) -> Point:
+def rows(arguments: argparse.Namespace) -> tuple[list[list[str]], list[list[str]]]:
+    """(text, label) to train on and to ask about, in an order that is always the same."""
+    folder = Path(arguments.shared) / "data" / arguments.data
+    order = np.random.default_rng(0)
+    if arguments.data == "sst2":
+        found = []
+        for name in ("train.tsv", "dev.tsv"):
+            with open(folder / name, encoding="utf-8", newline="") as file:
+                read = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+            found.append([read[i] for i in order.permutation(len(read))])
+        train, asked = found
+    else:
+        with open(folder / "test.csv", encoding="utf-8", newline="") as file:
+            read = [[f"{title} {text}", label] for label, title, text in csv.reader(file)]
+        read = [read[i] for i in order.permutation(len(read))]
+        train, asked = read[: arguments.texts], read[-arguments.queries :]
+    return train[: arguments.texts], asked[: arguments.queries]
+
+
+def write_data(arguments: argparse.Namespace, folder: Path) -> None:
+    for name, some in zip(("train", "eval"), rows(arguments), strict=True):
+        with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text", "label"], *some])
+
+
+class Remembered:
+    """A bottom that runs once for each batch: its output does not depend on the noise that is put on it."""
+
+    def __init__(self, bottom: Bottom):
+        self._bottom, self._known = bottom, dict[bytes, torch.Tensor]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bottom, name)
+
+    def hidden(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        key = hashlib.sha256(batch["input_ids"].numpy().tobytes() + batch["attention_mask"].numpy().tobytes()).digest()
+        if self.layer == 0:  # runs in no time, and an attacker's table of all tokens would fill the memory
+            return self._bottom.hidden(batch)
+        if key not in self._known:
+            self._known[key] = self._bottom.hidden(batch)
+        return self._known[key].clone()
+
+
+def measure(point: Point, bottom: Any, tokenizer: Any, arguments: argparse.Namespace) -> Point:
     """Trains, scores and attacks one point."""
-    start = time.perf_counter()
+    start = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sample(arguments.train, folder / "train.tsv", arguments.texts)
-        sample(arguments.eval, folder / "eval.tsv", arguments.queries)
+        (folder / "private").mkdir()
+        write_data(arguments, folder)
         made = config(point, folder, arguments)
-        run = simulate(made)
-        meaning = run.facts.get("meaning") or {}
-        report = audit_split(made, arguments.attackers, arguments.passes)
+        customer, vendor = Customer(made, bottom, tokenizer, SecureNoise()), Vendor(made)
+        outbox = customer.prepare(folder / "private" / "outbox")
+        inbox = Inbox.open(folder / "private" / "inbox", outbox.manifest.to_json(), vendor.agreement)
+        while not inbox.complete:
+            inbox.accept(inbox.received, outbox.read(inbox.received))
+        vendor.train(inbox.open_all())
+        accuracy = evaluate(customer, lambda piece: ask_directly(vendor, piece), folder)
+        meaning, trained = customer.meaning(), time.process_time()
+        report = None
+        if arguments.attackers:
+            report = audit_customer(customer, arguments.attackers, arguments.passes, searched=arguments.searched)
     return {
         **point,
-        "accuracy": run.accuracy,
-        "survival": meaning.get("survival"),
-        "recovered": report.recovered,
-        "disclosed": report.exempt,
-        "attribute": report.attribute,
-        "seconds": round(time.perf_counter() - start, 1),
-        "texts": arguments.texts,
+        "accuracy": accuracy,
+        "survival": meaning and meaning.survival,
+        "recovered": report.recovered if report else {},
+        "rare": report.rare if report else {},
+        "baseline": report and report.baseline,
+        "disclosed": report.exempt if report else 0.0,
+        "attribute": report and report.attribute,
+        "seconds": [round(trained - start, 1), round(time.process_time() - trained, 1)],
+        **{name: getattr(arguments, name) for name in ("data", "texts", "epochs", "queries", "attackers", "seed")},
     }
 
 
@@ -125,11 +194,12 @@ def table(points: Sequence[Point]) -> str:
         best = f"{1 - recovered[strongest]:.3f}" if recovered else "-"
         survival = "-" if p["survival"] is None else f"{p['survival']:.3f}"
         cells = [p["layer"], label(p), f"{p['accuracy']:.3f}", survival, near, best, strongest or "-"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{p['disclosed']:.3f}", f"{p['attribute']:.3f}"])) + " |")
+        guessed = "-" if p["attribute"] is None else f"{p['attribute']:.3f}"
+        lines.append("| " + " | ".join(map(str, [*cells, f"{p['disclosed']:.3f}", guessed])) + " |")
     return "\n".join(lines) + "\n"
 
 
-COLOURS = {0: "#1f77b4", 2: "#ff7f0e", 4: "#2ca02c"}
+COLOURS = {0: "#1f77b4", 2: "#ff7f0e", 4: "#2ca02c", 6: "#9467bd"}
 WIDTH, HEIGHT, MARGIN = 720, 440, 50
 
 
@@ -166,33 +236,34 @@ def plot(points: Sequence[Point]) -> str:
 
 
 def throughput(arguments: argparse.Namespace, rounds: int = 9) -> list[float]:
-    """Plain forward over the customer's work, sorted: 1 would mean that privatizing costs nothing."""
-    import torch
+    """Plain forward over the customer's work, sorted: 1 would mean that privatizing costs nothing.
 
-    from sotto.data.load import load_dataset_for
-    from sotto.privacy.noise import SecureNoise
-    from sotto.split.customer import Customer, load_bottom
-
-    torch.set_num_threads(1)
+    The customer's work is all from the tokens to the files that leave: bottom, noise, packing, checksums, writing.
+    """
     ratios = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sample(arguments.train, folder / "train.tsv", 512)
         arguments.texts = 512
-        made = config({"layer": 2, "privatizer": "dx_hidden", "eta": 10.0}, folder, arguments)
+        write_data(arguments, folder)
+        setting = {"layer": 2, "privatizer": "dx_hidden", "eta": 10.0, "labels": "kept", "label_epsilon": 1.0}
+        made = config(setting, folder, arguments)
         bottom, tokenizer = load_bottom(made)
         customer, data = Customer(made, bottom, tokenizer, SecureNoise()), load_dataset_for(made, tokenizer, "train")
         customer.settle(data)
-        rows = np.arange(512)
-        order = rows[np.argsort(data.examples.lengths[rows], kind="stable")]
-        for _ in range(rounds):
+        pieces = np.arange(512).reshape(2, 256)
+        for number in range(rounds):
             begun = time.process_time()
-            for start in range(0, 512, 32):
-                batch = data.examples.collate(order[start : start + 32], 0)
-                batch.pop("labels")
-                bottom.hidden(batch)
+            for chosen in pieces:
+                order = chosen[np.argsort(data.examples.lengths[chosen], kind="stable")]
+                for some in order.reshape(-1, 32):
+                    batch = data.examples.collate(some, 0)
+                    batch.pop("labels")
+                    bottom.hidden(batch)
             between = time.process_time()
-            customer.query(data.examples, rows)
+            Outbox.fill(
+                folder / f"out{number}", customer.agreement, {}, [256, 256],
+                lambda i: customer.query(data.examples, pieces[i]),
+            )  # fmt: skip
             ratios.append((between - begun) / (time.process_time() - between))
     return sorted(ratios)
 
@@ -200,31 +271,45 @@ def throughput(arguments: argparse.Namespace, rounds: int = 9) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--eval", required=True)
+    parser.add_argument("--shared", required=True)
+    parser.add_argument("--data", choices=sorted(LABELS), default="sst2")
     parser.add_argument("--out", type=Path, default=Path("runs/split"))
-    parser.add_argument("--labels", nargs="+", default=["0", "1"])
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--queries", type=int, default=872)
+    parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--attackers", type=int, default=1000)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--attackers", type=int, default=1000, help="texts that they know; 0: nothing is attacked")
     parser.add_argument("--passes", type=int, default=4)
-    parser.add_argument("--points", type=int, default=len(GRID))
+    parser.add_argument("--searched", type=int, default=40, help="texts for the searches; 0: none of them")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 0, 2])
+    parser.add_argument("--point", type=json.loads, action="append", help="one point instead of the grid, as JSON")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--throughput", action="store_true")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     if arguments.throughput:
         print("plain forward over the customer's work:", " ".join(f"{r:.2f}" for r in throughput(arguments)))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
+    run(arguments, arguments.point or [point for layer in arguments.layers for point in grid(layer)])
+
+
+def run(arguments: argparse.Namespace, wanted: Sequence[Point]) -> None:
+    """Measures the points that are not in the file yet, and writes table and plot of all that are."""
     stored = arguments.out / "points.jsonl"
     points = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
-    for point in GRID[len(points) : arguments.points]:
-        points.append(measure(point, arguments))
+    bottoms: dict[int, tuple[Any, Any]] = {}
+    for point in wanted[len(points) :]:
+        if point["layer"] not in bottoms:
+            bottom, tokenizer = load_bottom(config(point, arguments.out, arguments))
+            bottoms = {point["layer"]: (Remembered(bottom), tokenizer)}
+        points.append(measure(point, *bottoms[point["layer"]], arguments))
         with open(stored, "a", encoding="utf-8") as file:
             file.write(json.dumps(points[-1]) + "\n")
         print(json.dumps(points[-1]), flush=True)
         (arguments.out / "table.md").write_text(table(points), encoding="utf-8")
-    (arguments.out / "split.svg").write_text(plot(points), encoding="utf-8")
+        (arguments.out / "split.svg").write_text(plot(points), encoding="utf-8")
     print(table(points))
 
 

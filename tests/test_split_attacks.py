@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import test_split_run
+import tiny_models
 import tiny_runs
 import torch
 
 from sotto import cli, config_file
-from sotto.auditing.split import SplitReport, audit_split
+from sotto.auditing.split import SplitReport, audit_customer, audit_split
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise
-from sotto.split import bags, inference, inversion
+from sotto.split import bags, exact, inference, inversion
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
-from sotto.split.view import View, look, success
+from sotto.split.view import View, look, rare, rouge, success
 
 PLACE: list[Path] = []
 OPEN = {"privatizer": "none", "layer": 1}
@@ -63,6 +64,73 @@ def test_each_inversion_succeeds_on_the_undefended_model(attack: str, setting: d
 def test_no_inversion_beats_noise_that_hides_everything(attack: str) -> None:
     found = report(HIDDEN)
     assert found.recovered[attack] < found.baseline + 0.1
+
+
+def causal_customer(layer: int = 1, privatizer: str = "none") -> tuple[Customer, View, inversion.Trained]:
+    """A customer of a causal model, some of what it sends, and a weak attack that ranks the tokens."""
+    folder = PLACE[0] / "llama"
+    if not folder.exists():
+        tiny_models.save("llama", folder)
+    values = {"model": {"name": str(folder)}, "privacy": {"num_units": 600}}
+    eta = {"eta": 1.0} if privatizer == "dx_hidden" else {}
+    made = test_split_run.config(PLACE[0], {"privatizer": privatizer, "layer": layer, **eta}, **values)
+    bottom, tokenizer = load_bottom(made)
+    customer = Customer(made, bottom, tokenizer, DebugNoise(0))
+    customer.settle(load_dataset_for(made, tokenizer, "train"))
+    known = look(customer, customer.data.examples, np.arange(100, 140))
+    return (
+        customer,
+        look(customer, customer.data.examples, np.arange(8)),
+        inversion.train_inverter(lambda: known, lambda v: v.values, 1),
+    )
+
+
+def test_the_exact_search_finds_every_token_behind_a_causal_bottom() -> None:
+    customer, target, weak = causal_customer()
+    assert exact.is_causal(customer.bottom)
+    assert success(weak.guess(target), target) < 0.6, "it is the search that finds them"
+    assert success(exact.search(target, customer.bottom, weak), target) == 1.0
+    assert not exact.is_causal(load_bottom(config(OPEN))[0])
+    _, noised, weak = causal_customer(privatizer="dx_hidden")
+    assert success(exact.search(noised, customer.bottom, weak), noised) < 0.3, "noise stops it at once"
+
+
+def test_the_exact_search_is_part_of_the_audit_where_it_applies() -> None:
+    folder = PLACE[0] / "llama"
+    if not folder.exists():
+        tiny_models.save("llama", folder)
+    changes = {"model": {"name": str(folder)}, "privacy": {"num_units": 600}}
+    found = audit_split(test_split_run.config(PLACE[0], OPEN, **changes), limit=60, passes=2, noise=DebugNoise(1))
+    assert found.recovered["exact search"] == 1.0
+    assert found.empirical_privacy == 0.0
+    assert found.rouge["exact search"] == 1.0
+    assert "exact search" not in report(OPEN).recovered
+
+
+def test_rouge_is_the_longest_common_subsequence_over_the_length() -> None:
+    ids = torch.tensor([[9, 1, 2, 3, 4], [9, 5, 6, 0, 0], [9, 9, 0, 0, 0]])
+    mask = (ids > 0).long()
+    counted = mask.bool() & (ids != 9)
+    view = View(torch.zeros(3, 5, 2), ids, mask, counted, torch.zeros_like(counted), torch.zeros(3))
+    assert rouge(ids, view) == 1.0
+    guess = torch.tensor([[8, 7, 1, 2, 4], [8, 6, 5, 1, 1], [1, 1, 1, 1, 1]])
+    assert rouge(guess, view) == pytest.approx((3 / 4 + 1 / 2) / 2), "a shift costs one, a swap one; no text, no score"
+    assert rouge(torch.full_like(ids, 8), view) == 0.0
+    assert rouge(ids, dataclasses.replace(view, counted_ET=torch.zeros_like(counted))) == 0.0
+
+
+def test_rare_tokens_are_those_of_few_known_texts() -> None:
+    ids = torch.tensor([[1, 2, 2], [1, 3, 0], [1, 2, 0]])
+    view = View(torch.zeros(3, 3, 2), ids, (ids > 0).long(), ids > 0, ids > 99, torch.zeros(3))
+    assert rare(view, 6, share=0.4).tolist() == [True, False, False, True, True, True]
+    found = report(OPEN)
+    assert found.rare.keys() == found.recovered.keys()
+    assert found.rouge["learned inversion"] > 0.8
+    assert report({"privatizer": "dx_pooled", "eta": 1e7}).rouge == {}
+    truth = torch.tensor([[True, True, False]])
+    scores, seldom = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([False, True, True])
+    assert bags.named(scores, truth, seldom) == 0.0
+    assert bags.named(scores, truth, ~seldom) == 1.0
 
 
 def test_depth_hides_from_the_nearest_neighbour_alone() -> None:
@@ -187,6 +255,16 @@ def test_attacked_and_known_texts_are_not_the_same(monkeypatch: pytest.MonkeyPat
     assert not any(target & other for other in known)
 
 
+@pytest.mark.parametrize("setting", [OPEN, {"privatizer": "dx_pooled", "eta": 9.0, "layer": 1}])
+def test_the_searches_can_be_left_out(setting: dict) -> None:
+    made = config(setting)
+    bottom, tokenizer = load_bottom(made)
+    customer = Customer(made, bottom, tokenizer, DebugNoise(0))
+    customer.settle(load_dataset_for(made, tokenizer, "train"))
+    found = audit_customer(customer, limit=40, passes=1, searched=0)
+    assert found.recovered.keys() == {"nearest neighbour", "linear inversion", "learned inversion"}
+
+
 def test_a_view_holds_what_was_sent_in_its_place() -> None:
     made = config(OPEN)
     bottom, tokenizer = load_bottom(made)
@@ -243,6 +321,14 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr("sys.argv", ["sotto", "audit", "--split", str(path), "--limit", "40", "--json"])
     cli.main()
     assert json.loads(capsys.readouterr().out)["recovered"]["nearest neighbour"] > 0.8
+    kept = {**OPEN, "labels": "kept", "label_epsilon": 400.0}
+    path.write_text(config_file.dump(config(kept).to_dict()), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["sotto", "audit", "--split", str(path), "--limit", "40", "--json"])
+    cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["recovered"].keys() == told["rare"].keys() == told["rouge"].keys() == {"nearest neighbour", *ATTACKS}
+    assert told["labels"] == 1.0
+    assert 0.0 <= told["attribute"] <= 1.0, "whether it succeeds is tested above, with more texts"
     plain = tiny_runs.write_yaml(PLACE[0])
     monkeypatch.setattr("sys.argv", ["sotto", "audit", "--split", str(plain)])
     with pytest.raises(SystemExit):

@@ -122,7 +122,7 @@ def test_a_whole_run_over_messages_gives_what_the_simulation_gives(tmp_path: Pat
         session = pair.session(courier.call)
         assert session.upload(pair.outbox.manifest, pair.outbox.read) == len(pair.outbox.manifest.pieces) > 2
         session.train(None)
-        assert evaluate(pair.customer, session.query) == expected.accuracy
+        assert evaluate(pair.customer, session.query, pair.run.path) == expected.accuracy
     tiny_runs.assert_same(dict(pair.service.vendor.top.state_dict()), dict(expected.vendor.top.state_dict()))
     holds_nothing_private(b"".join(grid.carried), pair, tmp_path)
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise, SecureNoise
-from sotto.split.metric import dx_noise, meaning, nearest
+from sotto.split.metric import Table, distances, dx_noise, meaning, nearest
 
 ETA = 40.0
 
@@ -99,7 +99,12 @@ def test_the_nearest_row_is_the_nearest() -> None:
         torch.randn(50, 6, generator=generator) * torch.rand(50, 1, generator=generator) * 5,
     )
     slow = [min(range(50), key=lambda j: float((row - table[j]).square().sum())) for row in rows]
-    assert nearest(rows, table, chunk=64).tolist() == slow
+    assert nearest(rows, table).tolist() == slow
+    assert Table(table).nearest(rows, chunk=64).tolist() == slow
+    slowly = torch.cdist(rows.double(), table.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    far = 1e4  # where products cancel most
+    assert torch.allclose(distances(rows, table), slowly, atol=1e-7)
+    assert torch.allclose(distances(rows + far, table + far), slowly, atol=1e-2)
     assert nearest(rows[:0], table).shape == (0,)
 
 

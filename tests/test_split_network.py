@@ -24,12 +24,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise
 from sotto.rundir import RunDir
-from sotto.split import network, protocol, sides, superlink, supernode
-from sotto.split.answers import AnswerBook
+from sotto.split import cache, network, protocol, sides, superlink, supernode
+from sotto.split.answers import HEAD, AnswerBook
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
 from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
+from sotto.split.queries import QueryBook
 from sotto.split.simulate import evaluate, label_keeper, noise_for, simulate
 from sotto.split.vendor import Vendor
 
@@ -73,7 +74,7 @@ def test_the_protocol_gives_what_the_simulation_gives(tmp_path: Path) -> None:
     assert session.upload(pair.outbox.manifest, pair.outbox.read) == len(pair.outbox.manifest.pieces) > 2
     session.train(None)
     tiny_runs.assert_same(dict(pair.service.vendor.top.state_dict()), dict(expected.vendor.top.state_dict()))
-    assert evaluate(pair.customer, session.query) == expected.accuracy
+    assert evaluate(pair.customer, session.query, pair.run.path) == expected.accuracy
 
 
 def test_labels_that_are_kept_are_learnt_from_over_the_protocol(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_the_wire_holds_no_text_no_tokens_and_no_seed(tmp_path: Path) -> None:
     session = pair.session(watch)
     session.upload(pair.outbox.manifest, pair.outbox.read)
     session.train(None)
-    evaluate(pair.customer, session.query)
+    evaluate(pair.customer, session.query, pair.run.path)
     wire = b"".join(carried)
     examples = pair.customer.data.examples
     assert tiny_runs.CANARY.encode() not in wire
@@ -207,7 +208,7 @@ def test_a_vendor_that_asks_for_anything_else_gets_nothing(tmp_path: Path, asked
     session = CustomerSession(lambda method, request: next(calls), agreed.customer.agreement)
     assert "SOT801" in refused(session.train, book)
     assert kept.answers == 0
-    assert not (tmp_path / "answers.bin").exists()
+    assert (tmp_path / "answers.bin").stat().st_size == HEAD.size, "no answer stands in it"
 
 
 def test_a_refusal_of_the_vendor_is_not_believed_word_by_word(tmp_path: Path) -> None:
@@ -250,6 +251,107 @@ def test_a_torn_record_was_never_sent(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
         again.answer(torch.tensor([2, 3]), scores)
         assert "SOT801" in refused(again.answer, torch.tensor([0, 1]), scores + 1)
+
+
+def test_a_book_that_was_begun_for_fewer_answers_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Its answers had less noise, and more of them would cost more than the statement says."""
+    path, scores, some = tmp_path / "answers.bin", torch.zeros(2, 3), torch.tensor([0, 1])
+    AnswerBook(path, keeper(1), 3).answer(some, scores)
+    whole = path.read_bytes()
+    assert keeper(2).std > keeper(1).std
+    for other in (keeper(2), LabelKeeper(torch.arange(6) % 3, 3, 1, 4.0, 1e-5, DebugNoise(1))):
+        assert "SOT822" in refused(AnswerBook, path, other, 3)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:9])
+    AnswerBook(path, keeper(1), 3).answer(some, scores)
+    assert len(path.read_bytes()) == len(whole), "a torn head was written before any answer was sent"
+
+
+def test_an_answer_that_cannot_be_stored_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, scores, some = tmp_path / "answers.bin", torch.zeros(2, 3), torch.tensor([0, 1])
+    book = AnswerBook(path, keeper(1), 3)
+    book.answer(torch.tensor([4, 5]), scores)
+    whole = path.read_bytes()
+    write, full = cache.os.write, iter([7])
+
+    def short(descriptor: int, data: bytes) -> int:
+        room = next(full, None)
+        if room is None:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:room])
+
+    monkeypatch.setattr(cache.os, "write", short)
+    assert "SOT823" in refused(book.answer, some, scores)
+    monkeypatch.undo()
+    assert path.read_bytes() == whole, "no torn record that the next one would be read into"
+    assert "SOT801" in refused(book.answer, some, scores), "it counts, though nobody has it"
+    assert "SOT801" in refused(AnswerBook(path, keeper(1), 3).answer, torch.tensor([4, 5]), scores + 1)
+    AnswerBook(path, keeper(1), 3).answer(some, scores)
+
+
+# ---- a text that is asked about again
+
+
+def test_a_query_is_drawn_once_however_often_it_is_asked(tmp_path: Path) -> None:
+    pair, carried = Pair(tmp_path), []
+
+    def watch(method: str, request: bytes) -> bytes:
+        if method == "query":
+            carried.append(request[protocol.TICKET :])
+        return pair.service.call(method, request)
+
+    session = pair.session(watch)
+    session.upload(pair.outbox.manifest, pair.outbox.read)
+    session.train(None)
+    first = evaluate(pair.customer, session.query, pair.run.path)
+    assert evaluate(pair.customer, session.query, pair.run.path) == first
+    half = len(carried) // 2
+    assert carried[:half] == carried[half:], "the same bytes, not fresh noise to average"
+    evaluate(pair.customer, session.query, tmp_path / "runs" / "vendor")
+    examples, chosen = pair.customer.data.examples, np.array([3, 1, 3])
+    once, again = (pair.customer.query(examples, chosen).values for _ in range(2))
+    assert not np.array_equal(once, again), "it is the book that draws once"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [SETTING, {"privatizer": "dx_tokens", "eta": 5.0}, {"privatizer": "gaussian_pooled", "epsilon": 1.0, "layer": 1}],
+)
+def test_the_book_of_queries_survives_a_crash(tmp_path: Path, setting: dict) -> None:
+    pair = Pair(tmp_path, setting)
+    examples, draw = pair.customer.data.examples, pair.customer.query
+    path, agreed = tmp_path / "queries.bin", pair.customer.agreement
+    book, chosen = QueryBook(path, agreed), np.array([5, 0, 5, 9])
+    first = book.take(examples, chosen, draw)
+    assert path.stat().st_mode & 0o077 == 0
+    parts = np.split(first.values, np.cumsum(first.lengths_E)[:-1])
+    assert np.array_equal(parts[0], parts[2]), "the same text twice is drawn once"
+    fresh = draw(examples, chosen)
+    assert np.array_equal(fresh.lengths_E, first.lengths_E)
+    assert fresh.values.dtype == first.values.dtype
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"torn" * 20)
+    later = QueryBook(path, agreed)
+    assert path.read_bytes() == whole
+    mixed = later.take(examples, np.array([0, 7, 5]), draw)
+    again = np.split(mixed.values, np.cumsum(mixed.lengths_E)[:-1])
+    assert np.array_equal(again[0], parts[1])
+    assert np.array_equal(again[2], parts[0])
+    assert np.array_equal(QueryBook(path, agreed).take(examples, np.array([7]), draw).values, again[1])
+
+
+def test_a_second_customer_with_the_same_texts_is_not_started_by_mistake(tmp_path: Path) -> None:
+    made = test_split_run.config(tmp_path, SETTING, **SEEDED)
+    with vendor_running(made, None) as (port, _):
+        address = f"127.0.0.1:{port}"
+        path, accuracy, _ = sides.customer(made, "customer", address, None, True)
+        text = refused(sides.customer, made, "customer", address, None, True)
+        assert "SOT830" in text
+        assert str(path) in text
+        assert sides.customer(made, "customer", address, None, True, resume=path)[1] == accuracy
+    other = test_split_run.config(tmp_path, SETTING, **SEEDED, output={"dir": str(tmp_path / "meant")})
+    with vendor_running(other, None) as (port, _):
+        sides.customer(other, "customer", f"127.0.0.1:{port}", None, True)
 
 
 # ---- the connection itself

@@ -246,6 +246,18 @@ def test_the_statement_names_exempt_words_and_what_labels_cost() -> None:
     assert "randomised response: epsilon 1.000 for one label" in text
     assert "together: epsilon 3.001" in text
     assert "every label as it is" in statement.text(facts(privatizer="none"))
+    words = {"privatizer": "dx_tokens", "eta": 2.0, "exempt": "selected", "label_epsilon": 1.5}
+    text = " ".join(statement.text(facts(**words, labels="randomised")).split())
+    assert "The choice of words used the labels too: together epsilon 2.500, delta 1e-05." in text
+    text = " ".join(statement.text(facts(**words, labels="kept")).split())
+    assert "together epsilon 2.500, delta 2e-05." in text
+
+
+def test_above_the_embeddings_the_statement_counts_the_rows_around_a_token() -> None:
+    told = "changes the rows of the tokens around it"
+    assert told in " ".join(statement.text(facts(privatizer="dx_hidden", eta=2.0, layer=1)).split())
+    for values in ({"privatizer": "dx_hidden"}, {"privatizer": "dx_pooled", "layer": 1}):
+        assert told not in " ".join(statement.text(facts(**values, eta=2.0)).split())
 
 
 def test_survival_in_the_statement_is_what_substitution_does() -> None:

@@ -19,6 +19,7 @@ from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.rundir import RunDir
 from sotto.split import simulate as module
+from sotto.split.answers import HEAD
 from sotto.split.cache import Inbox
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
@@ -164,6 +165,28 @@ def test_kept_labels_are_answered_once_a_pass_and_paid_for(tmp_path: Path) -> No
     assert "over all epochs: epsilon 5" in " ".join(run.statement.split())
 
 
+def test_a_resumed_simulation_counts_the_answers_that_it_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path, {"privatizer": "none", "layer": 1, "labels": "kept", "label_epsilon": 5.0})
+    path, count, original = tmp_path / "runs" / "broken", iter(range(1000)), Vendor._save
+    monkeypatch.setattr(module.RunDir, "planned", lambda config, stem: RunDir(path))
+
+    def crash(self: Vendor, folder: Path) -> None:
+        if next(count) == 3:
+            raise KeyboardInterrupt  # after the answer, before the step is kept
+        original(self, folder)
+
+    monkeypatch.setattr(Vendor, "_save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(made)
+    monkeypatch.undo()
+    answers = path / "private" / "answers.bin"
+    before = answers.read_bytes()
+    run = simulate(made, path=path)
+    assert answers.read_bytes().startswith(before)
+    one = 32 + 4 + 20 * 4 * (1 + 3)  # the question's hash, and 20 examples with three numbers each
+    assert len(answers.read_bytes()) == HEAD.size + run.vendor.step * one, "a step done again got the answer it had"
+
+
 def test_labels_that_are_kept_never_reach_the_vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = {"privatizer": "none", "layer": 1, "labels": "kept", "label_epsilon": 5.0}
     seen: list[torch.Tensor] = []
@@ -203,6 +226,14 @@ def test_a_private_choice_of_words_is_made_once(tmp_path: Path) -> None:
         chosen.append(customer.exempt_V)
     assert torch.equal(chosen[0], chosen[1])
     assert torch.equal(chosen[0], chosen[2])
+    note = (tmp_path / "outbox.choice.json").read_bytes()
+    tiny_runs.write_csv(tmp_path / "notes.csv", tiny_runs.rows(seed=4))
+    with pytest.raises(SottoError) as caught:
+        Customer(made, bottom, tokenizer, module.SecureNoise()).prepare(tmp_path / "outbox")
+    assert caught.value.code == "SOT822"
+    assert (tmp_path / "outbox.choice.json").read_bytes() == note, (
+        "other data does not make a second choice in its place"
+    )
     words = customer.facts().exempt
     assert set(words) <= set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
 

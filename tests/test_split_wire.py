@@ -267,6 +267,15 @@ def test_refusals_hold_nothing_that_was_sent(tmp_path: Path) -> None:
     with pytest.raises(SottoError) as caught:
         Manifest.from_json(json.dumps(values), AGREED)
     assert "SECRET" not in str(caught.value)
+    for value in (None, 1, "x"):  # a name of the other side is repeated as little as a value of it
+        values = json.loads(fill(tmp_path / "out").manifest.to_json())
+        values["agreement"]["SECRET\n"] = value
+        with pytest.raises(SottoError) as caught:
+            Manifest.from_json(json.dumps(values), AGREED)
+        assert caught.value.code == "SOT820"
+        assert "SECRET" not in str(caught.value)
+    del values["agreement"]["SECRET\n"], values["agreement"]["width"]
+    assert code(Manifest.from_json, json.dumps(values), AGREED) == "SOT820"
 
 
 def test_the_same_bytes_are_read_in_every_epoch(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ neighbour. It bounds nothing. A better attack may do better.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,14 +20,17 @@ from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.privacy.noise import NoiseSource, SecureNoise
-from sotto.split import bags, inference, inversion
+from sotto.split import bags, exact, inference, inversion
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.labels import LabelKeeper
 from sotto.split.vendor import passes as passes_of
-from sotto.split.view import View, look, success
+from sotto.split.view import View, look, rare, rouge, success
 
 SEARCHED = 40
 """Texts that the gradient search is tried on: it runs the bottom forwards and backwards many times for each."""
+
+EXACT = 10
+"""The same for the exact search, which runs it for every candidate of every place."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class SplitReport:
       privatizer, layer: what was attacked.
       recovered: attack -> part of the tokens that it recovered; exempt and special ones apart. Where one row was sent
         for a whole text, of its different words.
+      rare: the same for tokens that stand in at most one in two hundred of the texts that the attackers know.
+      rouge: attack -> ROUGE-L of its guesses; empty where one row was sent for a whole text.
       baseline: the part that naming the commonest token, or words, every time recovers.
       exempt: the part of all tokens that is exempt, and therefore disclosed.
       attribute, attribute_baseline: accuracy of inferring a text's class from what was sent, and of the best guess.
@@ -47,6 +54,8 @@ class SplitReport:
     privatizer: str
     layer: int
     recovered: dict[str, float]
+    rare: dict[str, float]
+    rouge: dict[str, float]
     baseline: float
     exempt: float
     attribute: float
@@ -78,7 +87,10 @@ class SplitReport:
             f"attacked         '{self.privatizer}' at layer {self.layer}: {self.texts:,} texts, {self.tokens:,} tokens"
         ]
         for name, part in sorted(self.recovered.items(), key=lambda item: -item[1]):
-            lines.append(f"  {name:<22} recovered {part:.1%} of the tokens")
+            order = f", ROUGE-L {self.rouge[name]:.2f}" if name in self.rouge else ""
+            lines.append(
+                f"  {name:<22} recovered {part:.1%} of the tokens, {self.rare[name]:.1%} of the rare ones{order}"
+            )
         lines.append(f"  {'(commonest token)':<22} recovered {self.baseline:.1%}")
         lines.append(f"empirical privacy {self.empirical_privacy:.3f}   against the strongest: {self.strongest}")
         if self.exempt:
@@ -105,8 +117,17 @@ def audit_split(
     """
     bottom, tokenizer = load_bottom(config)
     customer = Customer(config, bottom, tokenizer, noise or SecureNoise())
-    data = load_dataset_for(config, tokenizer, "train")
-    customer.settle(data)
+    customer.settle(load_dataset_for(config, tokenizer, "train"))
+    return audit_customer(customer, limit, passes, seed)
+
+
+def audit_customer(customer: Customer, limit: int, passes: int, seed: int = 0, searched: int = SEARCHED) -> SplitReport:
+    """The same for a customer whose privatizer is settled. See `audit_split`.
+
+    Args:
+      searched: texts that the searches are tried on; 0: neither they nor the correction by context are tried.
+    """
+    data, bottom, config = customer.data, customer.bottom, customer.config
     order = np.random.default_rng(seed).permutation(len(data.examples))
     targets = max(1, min(limit // 5, len(order) // 3))
     attacked, known = order[:targets], order[targets : targets + limit]
@@ -117,8 +138,10 @@ def audit_split(
             fix="give a data.train with some hundred texts",
         )  # fmt: skip
     target = look(customer, data.examples, attacked)
-    fresh = lambda: look(customer, data.examples, known)  # noqa: E731 - a name for a drawing, not a function's
-    recovered = (find_words if target.pooled else invert)(customer, target, fresh, passes, seed)
+    fresh = _drawing(customer, known, passes if target.ids_sent else 0)
+    seldom_V = rare(fresh(), len(bottom.table_Vn))
+    found = (find_words if target.pooled else invert)(customer, target, fresh, passes, seed, searched)
+    scored = _score(found, target, seldom_V)
     counted = target.ids_ET[target.counted_ET]
     baseline = float((counted == counted.mode().values).double().mean()) if len(counted) else 0.0
     if target.pooled:
@@ -127,7 +150,9 @@ def audit_split(
     return SplitReport(
         privatizer=customer.setting.privatizer,
         layer=customer.setting.layer,
-        recovered=recovered,
+        recovered={name: each.recovered for name, each in scored.items()},
+        rare={name: each.rare for name, each in scored.items()},
+        rouge={name: each.rouge for name, each in scored.items() if each.rouge is not None},
         baseline=baseline,
         exempt=float(target.exempt_ET.sum() / target.mask_ET.sum()),
         attribute=inference.infer_attribute(fresh, target, bottom.table_Vn, classes, passes, seed),
@@ -139,11 +164,45 @@ def audit_split(
     )
 
 
+def _drawing(customer: Customer, known: np.ndarray, kept: int) -> Callable[[], View]:
+    """Gives views of the known texts, each under noise of its own; of so many that are kept, one after the other.
+
+    Substituted tokens take long to draw and little room, so all attacks learn from the same releases of them.
+    """
+    views = [look(customer, customer.data.examples, known) for _ in range(kept)]
+    if not views:
+        return lambda: look(customer, customer.data.examples, known)
+    again = itertools.cycle(views)
+    return lambda: next(again)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    recovered: float
+    rare: float
+    rouge: float | None
+
+
+def _score(found: dict[str, torch.Tensor], target: View, seldom_V: torch.Tensor) -> dict[str, _Scored]:
+    """What each attack has found: (E, T) tokens, or (E, V) scores of words where one row was sent for all of them."""
+    scored = {}
+    for name, given in found.items():
+        view = target.part(torch.arange(len(given)))
+        if target.pooled:
+            truth = bags.bags(view, given.shape[1])
+            scored[name] = _Scored(bags.named(given, truth), bags.named(given, truth, seldom_V), None)
+        else:
+            guesses = given[:, : view.ids_ET.shape[1]]
+            seldom = dataclasses.replace(view, counted_ET=view.counted_ET & seldom_V[view.ids_ET])
+            scored[name] = _Scored(success(guesses, view), success(guesses, seldom), rouge(guesses, view))
+    return scored
+
+
 def find_words(
-    customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int = 0
-) -> dict[str, float]:
-    """Attack -> part of the target's words that it names, where one row was sent for all of them."""
-    return bags.recover(customer.bottom, _ordinary(customer), target, fresh, passes, SEARCHED, seed)
+    customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int, searched: int
+) -> dict[str, torch.Tensor]:
+    """Attack -> scores of the target's words, where one row was sent for all of them."""
+    return bags.recover(customer.bottom, _ordinary(customer), target, fresh, passes, searched, seed)
 
 
 def _ordinary(customer: Customer) -> torch.Tensor:
@@ -153,8 +212,10 @@ def _ordinary(customer: Customer) -> torch.Tensor:
     return torch.nonzero(ordinary).flatten()
 
 
-def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int = 0) -> dict[str, float]:
-    """Attack -> part of the target's tokens that it recovers."""
+def invert(
+    customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int, searched: int
+) -> dict[str, torch.Tensor]:
+    """Attack -> the target's tokens as it guesses them; the searches guess those of the first texts."""
     bottom, view = customer.bottom, fresh()
     table, most = bottom.table_Vn, max(target.ids_ET.shape[1], view.ids_ET.shape[1])
     tokens = _ordinary(customer)
@@ -166,17 +227,21 @@ def invert(customer: Customer, target: View, fresh: Callable[[], View], passes: 
     def decoded(view: View) -> torch.Tensor:
         return table[by_distance.guess(view)]
 
-    found = {"nearest neighbour": success(by_distance.guess(target), target)}
+    found = {"nearest neighbour": by_distance.guess(target)}
     learned = inversion.train_inverter(fresh, as_rows, passes, seed, most=most)
-    found["learned inversion"] = success(learned.guess(target), target)
+    found["learned inversion"] = learned.guess(target)
     if not target.ids_sent:
         mapped = inversion.Linear(bottom, tokens, (fresh() for _ in range(passes)))
-        found["linear inversion"] = success(mapped.guess(target), target)
-        part = target.part(torch.arange(min(SEARCHED, len(target.ids_ET))))
-        found["search"] = success(inversion.search(part, bottom, learned), part)
+        found["linear inversion"] = mapped.guess(target)
+    if not target.ids_sent and searched:
+        part = target.part(torch.arange(min(searched, len(target.ids_ET))))
+        found["search"] = inversion.search(part, bottom, learned)
         # Where ids were sent the learned inverter already corrects them by their context.
         corrector = inversion.train_inverter(fresh, decoded, passes, seed, most=most)
-        found["context correction"] = success(corrector.guess(target), target)
+        found["context correction"] = corrector.guess(target)
+        if customer.setting.privatizer == "none" and exact.is_causal(bottom):
+            some = torch.arange(min(EXACT, len(target.ids_ET)))
+            found["exact search"] = exact.search(target.part(some), bottom, learned)
     return found
 
 

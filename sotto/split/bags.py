@@ -33,14 +33,19 @@ def bags(view: View, size: int) -> torch.Tensor:
     return found
 
 
-def named(scores_EV: torch.Tensor, truth_EV: torch.Tensor) -> float:
-    """The part of the words that are among the highest scores, as many for each text as it has words."""
+def named(scores_EV: torch.Tensor, truth_EV: torch.Tensor, of_V: torch.Tensor | None = None) -> float:
+    """The part of the words that are among the highest scores, as many for each text as it has words.
+
+    Args:
+      of_V: (V,) True for the words that are looked for; default: all.
+    """
     counts_E = truth_EV.sum(dim=1)
-    if not int(counts_E.sum()):
+    wanted_EV = truth_EV if of_V is None else truth_EV & of_V
+    if not int(wanted_EV.sum()):
         return 0.0
     order_EK = scores_EV.topk(int(counts_E.max()), dim=1).indices
     among_EK = torch.arange(order_EK.shape[1]) < counts_E[:, None]
-    return float((truth_EV.gather(1, order_EK) & among_EK).sum() / counts_E.sum())
+    return float((wanted_EV.gather(1, order_EK) & among_EK).sum() / wanted_EV.sum())
 
 
 def commonest(known: View, target: View, size: int) -> float:
@@ -57,8 +62,8 @@ def recover(
     passes: int,
     searched: int,
     seed: int,
-) -> dict[str, float]:
-    """Attack -> part of the target's words that it names.
+) -> dict[str, torch.Tensor]:
+    """Attack -> (E, V) scores of words; matching pursuit gives those of the first `searched` texts.
 
     Args:
       tokens_V: candidates of the attacks that need no texts to learn from.
@@ -77,10 +82,10 @@ def recover(
         chosen = pursue(row_n, alone_Cn, int(truth_EV[text].sum()))
         picked_EV[text, tokens_V[chosen]] = 1.0
     return {
-        "nearest neighbour": named(scores_EV, truth_EV),
-        "matching pursuit": named(picked_EV, truth_EV[:searched]),
-        "linear inversion": named(linear(known, target, size), truth_EV),
-        "learned inversion": named(learned(known, target, size, seed), truth_EV),
+        "nearest neighbour": scores_EV,
+        **({"matching pursuit": picked_EV} if searched else {}),
+        "linear inversion": linear(known, target, size).float(),
+        "learned inversion": learned(known, target, size, seed),
     }
 
 

@@ -55,11 +55,7 @@ class Outbox:
             if not (folder / ABOUT).exists():
                 write_private(folder / ABOUT, text.encode())
             if (folder / ABOUT).read_bytes() != text.encode():
-                raise SottoError(
-                    "SOT822", what="the folder holds the release of other data, or with other settings",
-                    where=str(folder), why="a second release of the same texts tells more than one; it must be meant",
-                    fix="restore the configuration and the data, or name another folder for a new release",
-                )  # fmt: skip
+                raise other_release(folder)
             lines = [_stored_or_new(folder, i, size, agreement, make) for i, size in enumerate(sizes)]
             manifest = Manifest(agreement, tuple(lines))
             if not (folder / MANIFEST).exists():
@@ -237,10 +233,39 @@ def write_private(path: Path, data: bytes) -> None:
         raise
 
 
+def append_private(path: Path, data: bytes) -> None:
+    """Appends to a file that its owner alone can read, and returns when it is on the disk. Whole or not at all.
+
+    Raises:
+      SottoError: SOT823, it cannot be written; the file is as before.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    size = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):  # a full disk first shows as a short write
+            written += os.write(descriptor, data[written:])
+        os.fsync(descriptor)
+    except OSError as error:
+        os.ftruncate(descriptor, size)  # else the next record would be read as a part of this one
+        raise _disk(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
 def _disk(folder: Path, error: OSError) -> SottoError:
     return SottoError(
         "SOT823", what=f"cannot write: {error.strerror or error}", where=str(folder),
         why="representations are kept on disk, so that their noise is drawn once", fix="make room, and start again",
+    )  # fmt: skip
+
+
+def other_release(folder: Path) -> SottoError:
+    """What is stored here was made of something else."""
+    return SottoError(
+        "SOT822", what="the folder holds the release of other data, or with other settings", where=str(folder),
+        why="a second release of the same texts tells more than one; it must be meant",
+        fix="restore the configuration and the data, or name another folder for a new release",
     )  # fmt: skip
 
 

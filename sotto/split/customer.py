@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sotto.errors import SottoError
 from sotto.models import load as models_load
 from sotto.privacy.noise import NoiseSource
 from sotto.split import importance, labels, privatizers
-from sotto.split.cache import Outbox, write_private
+from sotto.split.cache import Outbox, other_release, write_private
 from sotto.split.metric import Meaning, meaning
 from sotto.split.parts import Bottom
 from sotto.split.statement import Facts
@@ -101,7 +102,10 @@ class Customer:
         self._privatizer = self._make()
 
     def query(self, examples: Examples, chosen: np.ndarray) -> Piece:
-        """Privatizes texts that are to be classified. Every call is a new release of them. No label goes along."""
+        """Privatizes texts that are to be classified, without their labels.
+
+        Every call is a new release of them: what leaves goes through `queries.QueryBook`, which calls once for a text.
+        """
         assert self._privatizer is not None, "prepare first: the exempt words are those of the training"
         lengths, values = self._release(examples, chosen, step=QUERIES + self._queried)
         self._queried += len(chosen)
@@ -124,14 +128,16 @@ class Customer:
         assert self._privatizer is not None
         order = np.argsort(examples.lengths[chosen], kind="stable")
         parts: list[Any] = [None] * len(chosen)
-        for start in range(0, len(order), BATCH):
-            places = order[start : start + BATCH]
-            batch = examples.collate(chosen[places], self.tokenizer.pad_token_id)
-            batch.pop("labels", None)
-            hidden = None if self._privatizer.sends_ids else self.bottom.hidden(batch)
-            out = self._privatizer.release(
-                privatizers.Batch(batch["input_ids"], batch["attention_mask"], hidden), self.noise, step + start
-            )
+        waiting = []
+        with ThreadPoolExecutor(1) as pool:  # noise is drawn for one batch while the bottom runs on the next
+            for start in range(0, len(order), BATCH):
+                places = order[start : start + BATCH]
+                batch = examples.collate(chosen[places], self.tokenizer.pad_token_id)
+                hidden = None if self._privatizer.sends_ids else self.bottom.hidden(batch)
+                given = privatizers.Batch(batch["input_ids"], batch["attention_mask"], hidden)
+                waiting.append((places, pool.submit(self._privatizer.release, given, self.noise, step + start)))
+        for places, done in waiting:
+            out = done.result()
             rows = out.rows.numpy()
             ends = np.cumsum(out.lengths_B.numpy())
             for place, end, length in zip(places, ends, out.lengths_B.numpy(), strict=True):
@@ -161,8 +167,10 @@ class Customer:
             return Exempt(self._mask(self._listed(Path(self.setting.exempt_file))))
         if stored is not None and stored.exists():
             known = json.loads(stored.read_text())
-            if known["data"] == _digest(data):
-                return Exempt(self._mask(known["tokens"]), known["epsilon"])
+            if known["data"] != _digest(data):
+                # A second choice in its place would be a second release, which the statement would not count.
+                raise other_release(stored)
+            return Exempt(self._mask(known["tokens"]), known["epsilon"])
         examples = data.examples
         assert examples.labels is not None
         texts = [

@@ -40,15 +40,32 @@ def dx_noise(tokens: int, width: int, eta: float, noise: NoiseSource, *, step: i
     check_number("eta", eta, above=0)
     v_Nn = noise.normal((tokens, width), 1.0, step=step, name="direction", device=_CPU)
     radius_N = noise.gamma(width, tokens, step=step, name="radius") / eta
-    return v_Nn * (radius_N / v_Nn.norm(dim=1)).unsqueeze(1)
+    return v_Nn.mul_((radius_N / v_Nn.norm(dim=1)).unsqueeze(1))
 
 
-def nearest(rows_Nn: torch.Tensor, table_Vn: torch.Tensor, chunk: int = 512) -> torch.Tensor:
-    """Index of the row of `table_Vn` that is nearest (Euclidean) to each of `rows_Nn`: (N,) int64, in float32."""
-    table = table_Vn.float()
-    half_squares_V = table.square().sum(dim=1) / 2
-    parts = [(rows.float() @ table.T - half_squares_V).argmax(dim=1) for rows in rows_Nn.split(chunk)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+class Table:
+    """Rows of which the nearest one is asked for (Euclidean, in float32), with what every question needs of them."""
+
+    def __init__(self, rows_Vn: torch.Tensor):
+        self._rows_Vn = rows_Vn.detach().float()
+        self._half_squares_V = self._rows_Vn.square().sum(dim=1) / 2
+
+    def nearest(self, rows_Nn: torch.Tensor, chunk: int = 512) -> torch.Tensor:
+        """Index of the row that is nearest to each of `rows_Nn`: (N,) int64."""
+        parts = [(some.float() @ self._rows_Vn.T - self._half_squares_V).argmax(dim=1) for some in rows_Nn.split(chunk)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def nearest(rows_Nn: torch.Tensor, table_Vn: torch.Tensor) -> torch.Tensor:
+    """Index of the row of `table_Vn` that is nearest to each of `rows_Nn`, once."""
+    return Table(table_Vn).nearest(rows_Nn)
+
+
+def distances(rows_Nn: torch.Tensor, table_Vn: torch.Tensor) -> torch.Tensor:
+    """(N, V) Euclidean distances, by products in float64: what cancels in them is far below what is read from them."""
+    rows, table = rows_Nn.double(), table_Vn.double()
+    squares = rows.square().sum(dim=1, keepdim=True) + table.square().sum(dim=1) - 2 * rows @ table.T
+    return squares.clamp_min(0.0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -100,10 +117,10 @@ def meaning(table_Vn: torch.Tensor, eta: float, noise: NoiseSource, probes: int 
     rows = table[chosen]
     noised = rows.double() + dx_noise(len(rows), table.shape[1], eta, noise)
     survived = float((nearest(noised.float(), table) == chosen).double().mean())
-    distances = torch.cdist(rows, table, compute_mode="donot_use_mm_for_euclid_dist")
-    own = torch.zeros_like(distances, dtype=torch.bool)
+    apart = distances(rows, table)
+    own = torch.zeros_like(apart, dtype=torch.bool)
     own[torch.arange(len(rows)), chosen] = True
-    others = distances[~own].view(len(rows), -1)
+    others = apart[~own].view(len(rows), -1)
     # A quantile of all pairs needs no more than some millions of them.
     pairs = others.flatten()
     pairs = pairs[torch.randint(len(pairs), (min(len(pairs), 1_000_000),), generator=generator)].sort().values

@@ -29,7 +29,7 @@ from sotto.errors import SottoError
 from sotto.models.pooling import masked_mean
 from sotto.privacy.bounds import gaussian_epsilon, gaussian_mu
 from sotto.privacy.noise import NoiseSource
-from sotto.split.metric import dx_noise, nearest
+from sotto.split.metric import Table, dx_noise
 
 WIRE_LARGEST = 65504.0
 """The largest float16. Released numbers are cut to it, after the noise: that is post-processing."""
@@ -94,7 +94,7 @@ class HiddenNoise:
         drawn_Nn = dx_noise(len(rows_Nn), rows_Nn.shape[1], self.eta, noise, step=step)
         if self.exempt_V is not None:
             drawn_Nn[self.exempt_V[token_ids(batch)]] = 0.0
-        return Released(batch.mask_BT.sum(dim=1), to_wire(rows_Nn.double() + drawn_Nn))
+        return Released(batch.mask_BT.sum(dim=1), to_wire(drawn_Nn.add_(rows_Nn)))
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class TokenSubstitution:
         if exempt_V is not None:
             kept_V |= exempt_V
         self._kept_V, self._candidates = kept_V, torch.nonzero(~kept_V).flatten()
+        self._words = Table(self._table[self._candidates])
 
     def release(self, batch: Batch, noise: NoiseSource, step: int) -> Released:
         ids_N = token_ids(batch).clone()
@@ -137,7 +138,7 @@ class TokenSubstitution:
         rows = self._table[ids_N[changed]]
         # Drawn for all tokens, so that how long it takes does not tell how many of them are exempt.
         drawn = dx_noise(len(ids_N), rows.shape[1], self.eta, noise, step=step)[changed]
-        ids_N[changed] = self._candidates[nearest((rows.double() + drawn).float(), self._table[self._candidates])]
+        ids_N[changed] = self._candidates[self._words.nearest((rows.double() + drawn).float())]
         return Released(batch.mask_BT.sum(dim=1), ids_N.to(torch.int32))
 
 
@@ -198,7 +199,8 @@ def token_rows(batch: Batch) -> torch.Tensor:
     """
     assert batch.hidden_BTn is not None
     rows_Nn = batch.hidden_BTn[batch.mask_BT.bool()]
-    if not bool(rows_Nn.isfinite().all()):
+    # A sum is not finite if one of its terms is not, and it is read much faster than each term.
+    if not bool(rows_Nn.sum().isfinite()) and not bool(rows_Nn.isfinite().all()):
         raise SottoError(
             "SOT802", what="the bottom of the model gave a value that is not finite", where="model.name",
             why="noise does not hide it, and the vendor could not train on it; nothing has left",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from sotto.data.load import has_eval
 from sotto.errors import SottoError
 from sotto.rundir import RunDir, require_writable
 from sotto.split import network
-from sotto.split.answers import AnswerBook
+from sotto.split.cache import ABOUT, write_private
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
-from sotto.split.simulate import create, evaluate, label_keeper, noise_for, write_statement
+from sotto.split.simulate import answer_book, create, evaluate, noise_for, write_statement
 from sotto.split.vendor import Vendor
+
+SENT = "sent.txt"
 
 
 def _role(config: Config, role: str) -> None:
@@ -32,6 +35,23 @@ def _run(config: Config, stem: str, resume: Path | None) -> RunDir:
     run = RunDir.planned(config, stem)
     create(run, config)
     return run
+
+
+def _first_release(run: RunDir) -> None:
+    """Notes that the texts of this run leave now; refuses where they have left from another run beside it.
+
+    Raises:
+      SottoError: SOT830.
+    """
+    data = json.loads((run.path / "private" / "outbox" / ABOUT).read_text())["data"]
+    for note in sorted(run.path.parent.glob(f"*/private/{SENT}")):
+        if note.read_text() == data and note.parent.parent != run.path:
+            raise SottoError(
+                "SOT830", what="these texts have been sent before", where=str(note.parent.parent),
+                why="a second release has noise of its own, and two tell more of a text than either statement says",
+                fix=f"go on with --resume {note.parent.parent}; or name another output.dir, if a second one is meant",
+            )  # fmt: skip
+    write_private(run.path / "private" / SENT, data.encode())
 
 
 def vendor(
@@ -106,7 +126,7 @@ def customer(
       the run folder, the accuracy on `data.eval` (None without one), and the statement.
 
     Raises:
-      SottoError: SOT805, SOT826 to SOT829, and those of the customer's own input.
+      SottoError: SOT805, SOT826 to SOT830, and those of the customer's own input.
     """
     _role(config, "customer")
     network.check(address, certificates, plaintext)
@@ -121,14 +141,12 @@ def customer(
         ready(run.path)
     with run.locked():
         outbox = made.prepare(run.path / "private" / "outbox")
-        book = None
-        if setting_of(config).labels == "kept":
-            classes = made.agreement.classes
-            book = AnswerBook(run.path / "private" / "answers.bin", label_keeper(config, made), classes)
+        book = answer_book(run, config, made)
         with supernode.connect(address, certificates, plaintext) as call:
+            _first_release(run)
             session = CustomerSession(call, made.agreement)
             session.upload(outbox.manifest, outbox.read)
             session.train(book)
-            accuracy = evaluate(made, session.query) if has_eval(config.data) else None
+            accuracy = evaluate(made, session.query, run.path) if has_eval(config.data) else None
         words, _ = write_statement(run, config, made, accuracy)
     return run.path, accuracy, words

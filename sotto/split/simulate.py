@@ -17,9 +17,11 @@ from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.rundir import RunDir, require_writable
 from sotto.split import statement, wire
+from sotto.split.answers import AnswerBook
 from sotto.split.cache import Inbox, Representations
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.labels import LabelKeeper
+from sotto.split.queries import QueryBook
 from sotto.split.vendor import Vendor, passes
 from sotto.split.wire import Piece
 
@@ -93,9 +95,9 @@ def simulate(config: Config, stem: str = "run", path: Path | None = None) -> Spl
         inbox = Inbox.open(run.path / "private" / "inbox", outbox.manifest.to_json(), vendor.agreement)
         while not inbox.complete:
             inbox.accept(inbox.received, outbox.read(inbox.received))
-        keeper = label_keeper(config, customer) if setting_of(config).labels == "kept" else None
-        vendor.train(inbox.open_all(), run.checkpoints, keeper.answer if keeper else None)
-        accuracy = evaluate(customer, lambda piece: ask_directly(vendor, piece)) if has_eval(config.data) else None
+        book = answer_book(run, config, customer)
+        vendor.train(inbox.open_all(), run.checkpoints, book.answer if book else None)
+        accuracy = evaluate(customer, lambda p: ask_directly(vendor, p), run.path) if has_eval(config.data) else None
         words, facts = write_statement(run, config, customer, accuracy)
     return SplitRun(run.path, accuracy, words, facts, customer, vendor)
 
@@ -118,18 +120,27 @@ def label_keeper(config: Config, customer: Customer) -> LabelKeeper:
     return LabelKeeper(torch.from_numpy(labels), classes, uses, setting.label_epsilon, setting.delta, customer.noise)
 
 
-def evaluate(customer: Customer, ask: Callable[[Piece], torch.Tensor]) -> float:
-    """Accuracy on `data.eval`: each text is privatized, sent without its label, scored, and answered.
+def answer_book(run: RunDir, config: Config, customer: Customer) -> AnswerBook | None:
+    """The customer's answers on disk, where it keeps the labels."""
+    if setting_of(config).labels != "kept":
+        return None
+    return AnswerBook(run.path / "private" / "answers.bin", label_keeper(config, customer), customer.agreement.classes)
+
+
+def evaluate(customer: Customer, ask: Callable[[Piece], torch.Tensor], run: Path) -> float:
+    """Accuracy on `data.eval`: each text is privatized once, sent without its label, scored, and answered.
 
     Args:
       ask: from a query to (E, K) scores: the vendor.
+      run: the folder that keeps what each text left as, for whoever asks again.
     """
     examples = load_dataset_for(customer.config, customer.tokenizer, "eval").examples
     assert examples.labels is not None
+    book = QueryBook(run / "private" / "queries.bin", customer.agreement)
     hits, size = 0, customer.setting.chunk_examples
     for start in range(0, len(examples), size):
         chosen = np.arange(start, min(start + size, len(examples)))
-        scores = ask(customer.query(examples, chosen))
+        scores = ask(book.take(examples, chosen, customer.query))
         hits += int((scores.argmax(dim=1).numpy() == examples.labels[chosen]).sum())
     return hits / len(examples)
 

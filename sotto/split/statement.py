@@ -44,6 +44,12 @@ class Facts:
     def protected(self) -> bool:
         return self.setting.privatizer != "none"
 
+    @property
+    def delta_of_labels(self) -> float:
+        """Of all that is told of one label together: the choice of words, and answers, have one each."""
+        deltas = (self.exempt_epsilon is not None) + (self.setting.labels == "kept")
+        return deltas * self.setting.delta
+
     def to_dict(self) -> dict[str, Any]:
         """For machines. `kind_of_privacy` says which of the numbers there are."""
         kind = {"none": "none", "dx": "metric"}.get(self.setting.privatizer.split("_")[0], "local differential privacy")
@@ -89,7 +95,7 @@ def _protection(facts: Facts) -> str:
             "Depth is no protection."
         )
     if facts.meaning is not None:
-        return _metric(facts.meaning, facts.setting.pooled)
+        return _metric(facts.meaning, facts.setting.pooled, facts.setting.layer)
     assert facts.epsilon is not None
     hidden = (
         "the mean of its tokens is all that left"
@@ -103,10 +109,14 @@ def _protection(facts: Facts) -> str:
     )
 
 
-def _metric(m: Meaning, pooled: bool) -> str:
+def _metric(m: Meaning, pooled: bool, layer: int) -> str:
     one, many = ("text", "sentences of random tokens") if pooled else ("token", "public tokens")
-    scope = "for the mean of a text's tokens, which is all that left of it" if pooled else "for each token by itself"
+    scope = "for each row by itself" if layer else "for each token by itself"
+    if pooled:
+        scope = "for the mean of a text's tokens, which is all that left of it"
     summed = "" if pooled else "Over a text these exponents add up. "
+    if layer and not pooled:
+        summed += "Another token changes the rows of the tokens around it as well, and those exponents add up too. "
     return (
         f"Metric privacy (d_X) with eta {m.eta:g}, {scope}. This is not differential privacy of the text, and eta is "
         f"no epsilon. The noise on a {one} has mean length {m.noise_length:.3g}; the nearest other {one} lies at "
@@ -135,6 +145,10 @@ def _labels(facts: Facts) -> str:
         return "The vendor has every label as it is."
     assert facts.label_epsilon is not None
     epsilon = round_up(facts.label_epsilon)
+    chosen = ""
+    if facts.exempt_epsilon is not None:
+        total = round_up(facts.label_epsilon + facts.exempt_epsilon)
+        chosen = f" The choice of words used the labels too: together epsilon {total}, delta {facts.delta_of_labels:g}."
     if facts.setting.labels == "randomised":
         together = ""
         if facts.epsilon is not None:
@@ -142,10 +156,10 @@ def _labels(facts: Facts) -> str:
                 f" Text and label together: epsilon {round_up(facts.epsilon + facts.label_epsilon)}, delta "
                 f"{facts.setting.delta:g}."
             )
-        return f"Each label went through randomised response: epsilon {epsilon} for one label.{together}"
+        return f"Each label went through randomised response: epsilon {epsilon} for one label.{together}{chosen}"
     return (
         f"Labels stayed with the customer. What its answers to the vendor tell of one label, over all epochs: epsilon "
-        f"{epsilon}, delta {facts.setting.delta:g}."
+        f"{epsilon}, delta {facts.setting.delta:g}.{chosen}"
     )
 
 

@@ -86,3 +86,32 @@ def success(guesses_ET: torch.Tensor, view: View) -> float:
     """The part of the tokens that count that were guessed: the attack's success. 0 where none counts."""
     hits = (guesses_ET == view.ids_ET)[view.counted_ET]
     return float(hits.double().mean()) if len(hits) else 0.0
+
+
+def rouge(guesses_ET: torch.Tensor, view: View) -> float:
+    """ROUGE-L (Lin 2004) of what was guessed, over the tokens that count: mean over the texts that have any.
+
+    Guess and truth are equally long, so precision, recall and their mean are one: the longest common subsequence over
+    the length.
+    """
+    lengths_E = view.counted_ET.sum(dim=1)
+    order_ET = (~view.counted_ET).to(torch.int8).argsort(dim=1, stable=True)[:, : int(lengths_E.max())]
+    inside_ET = torch.arange(order_ET.shape[1]) < lengths_E[:, None]
+    truth_ET = view.ids_ET.gather(1, order_ET).masked_fill(~inside_ET, -1)
+    guess_ET = guesses_ET.gather(1, order_ET).masked_fill(~inside_ET, -2)
+    longest = torch.zeros(len(lengths_E), order_ET.shape[1] + 1, dtype=torch.int64)
+    for token_E in truth_ET.T:
+        above = longest.clone()
+        for place in range(order_ET.shape[1]):
+            matched = above[:, place] + (token_E == guess_ET[:, place])
+            longest[:, place + 1] = torch.stack([above[:, place + 1], longest[:, place], matched]).amax(dim=0)
+    some_E = lengths_E > 0
+    return float((longest[some_E, -1] / lengths_E[some_E]).double().mean()) if bool(some_E.any()) else 0.0
+
+
+def rare(known: View, size: int, share: float = 0.005) -> torch.Tensor:
+    """(V,) True for tokens that stand in few of the known texts, or in none: names and numbers are among them."""
+    found = torch.zeros(len(known.ids_ET), size, dtype=torch.bool)
+    texts, places = known.mask_ET.nonzero(as_tuple=True)
+    found[texts, known.ids_ET[texts, places]] = True
+    return found.double().mean(dim=0) <= share

@@ -101,8 +101,10 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             refuse("the manifest cannot be read")
         wanted = asdict(expected)
-        for name in sorted(wanted.keys() | agreement.keys()):
-            if type(agreement.get(name)) is not type(wanted.get(name)) or agreement[name] != wanted[name]:
+        if agreement.keys() != wanted.keys():
+            refuse("the manifest cannot be read")  # and its names are not repeated: they are the other side's words
+        for name in sorted(wanted):
+            if type(agreement[name]) is not type(wanted[name]) or agreement[name] != wanted[name]:
                 refuse(f"'{name}' is not what this side has", name)
         return cls(expected, tuple(check_piece(piece, expected) for piece in pieces))
 
@@ -185,7 +187,8 @@ def decode(data: bytes | np.ndarray, facts: PieceFacts, agreement: Agreement) ->
             refuse_piece("a token is not in the vocabulary")
     else:
         values = np.frombuffer(view, "<f2", facts.rows * agreement.width, place).reshape(facts.rows, agreement.width)
-        if not np.isfinite(values).all():
+        # An exponent of ones is infinite or no number; numpy's own test of halves takes ten times as long.
+        if ((values.view("<u2") & 0x7C00) == 0x7C00).any():
             refuse_piece("a number is not finite")
     return Piece(lengths, labels, values)
 
