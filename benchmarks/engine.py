@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
 
 MODELS = ("bert", "gpt2", "llama")
-SHAPES = {"T128": (128, 8), "T512": (512, 2), "B16": (128, 16), "B4": (128, 4)}
+SHAPES = {"T128": (128, 8), "T512": (512, 2), "B16": (128, 16), "B8": (128, 8), "B4": (128, 4)}
 TRAINED = ("full", "lora", "bitfit")
 CASES = [f"{m}-{s}-{t}" for m in MODELS for s in ("T128", "T512") for t in TRAINED if (m, t) != ("llama", "bitfit")]
 QUICK = ["bert-T128-full", "bert-T128-lora"]
@@ -48,7 +48,7 @@ HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6
 
 
 def build(kind: str, trained: str) -> Any:
-    """Randomly initialised, without dropout. `kind` may end with a number of layers: `roberta24`."""
+    """Randomly initialised, without dropout. `kind` may end with a number of layers: `roberta24`, `gpt2l36`."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig  # isort: skip
 
@@ -57,6 +57,10 @@ def build(kind: str, trained: str) -> Any:
                               intermediate_size=4096, vocab_size=50265, max_position_embeddings=514,
                               hidden_dropout_prob=0, attention_probs_dropout_prob=0)  # fmt: skip
         return methods(AutoModelForSequenceClassification.from_config(large), trained)
+    if kind.startswith("gpt2l"):
+        wide = GPT2Config(n_embd=1280, n_head=20, n_layer=int(kind[5:]), resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                          use_cache=False)  # fmt: skip
+        return methods(AutoModelForCausalLM.from_config(wide), trained)
 
     if kind == "bert":
         config: Any = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,

@@ -16,55 +16,81 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import json
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine import HONEST_MALLOC, Meter
 
+ENGINE = ("book_keeping", "ghost", "layerwise")
 CASES = [f"bert-{t}-{g}-{b}" for t in ("full", "lora", "bitfit") for g in ("book_keeping", "ghost") for b in (4, 16)]
 CASES += ["bert-full-per_example-4", "bert-lora-per_example-4", "bert-full-layerwise-16", "bert-side-book_keeping-16"]
-CASES += ["bert-reversible-book_keeping-16"]
+CASES += ["bert-reversible-book_keeping-16", "bert-head-book_keeping-16", "bert-lora-zeroth_order-16"]
 CASES += [f"gpt2-{t}-book_keeping-{b}" for t in ("full", "lora", "bitfit") for b in (2, 6)] + ["gpt2-full-ghost-6"]
+CASES += [f"gpt2-{t}-{g}-4" for t in ("side", "reversible") for g in ENGINE]
+CASES += [f"llama-{t}-{g}-4" for t in ("full", "lora", "side", "reversible") for g in ENGINE]
+CASES += ["llama-lora-per_example-2", "llama-full-book_keeping-2-256", "llama-lora-zeroth_order-4"]
+CASES += [f"roberta-{t}-book_keeping-4" for t in ("full", "lora", "bitfit", "head", "side", "reversible")]
+CASES += ["roberta-lora-book_keeping-16-32", "roberta-lora-book_keeping-2-512"]
+CASES += [f"{m}-{t}-book_keeping-4" for m in ("t5", "bart") for t in ("full", "lora", "side")]
+CASES += [f"roberta-{t}-book_keeping-4-128-{kind}" for t in ("lora", "side") for kind in ("bfloat16", "int8", "int4")]
+DECODERS = ("gpt2", "llama")
 LENGTH = 128
+"""Tokens per example where a case does not say another number. What may follow it is `method.frozen_weights`."""
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bert": ({"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12},
+             {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}),
+    "roberta": ({"vocab_size": 50265, "max_position_embeddings": 514, "num_hidden_layers": 4},
+                {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}),
+    "gpt2": ({"n_layer": 4}, {"n_embd": 48, "n_layer": 2}),
+    "llama": ({"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+               "intermediate_size": 1408},
+              {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+               "intermediate_size": 96}),
+    "t5": ({"num_layers": 2}, {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
+    "bart": ({"d_model": 512, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 2048,
+              "decoder_ffn_dim": 2048, "encoder_attention_heads": 8, "decoder_attention_heads": 8},
+             {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+              "encoder_attention_heads": 4, "decoder_attention_heads": 4}),
+}  # fmt: skip
+"""What differs from the defaults of the model's configuration: of the case, and of the tiny model that warms up."""
 
 
 def save(kind: str, folder: Path, tiny: bool) -> None:
-    """A model with random weights, and a tokenizer whose every word is one token."""
+    """A model with random weights, and a tokenizer whose every word is one token and whose texts have an end."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
     from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        GPT2Config,
-        GPT2LMHeadModel,
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
         PreTrainedTokenizerFast,
     )
 
-    if kind == "bert":
-        sizes: Any = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96} if tiny else {
-            "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}  # fmt: skip
-        model: Any = BertForSequenceClassification(BertConfig(num_attention_heads=12, **sizes))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2) if tiny else GPT2Config())
-    model.save_pretrained(folder)
-    words = ["<pad>", "</s>", "<unk>"] + [f"w{i}" for i in range(model.config.vocab_size - 3)]
+    special_ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 0}
+    config = CONFIG_MAPPING[kind](**special_ids, **SIZES[kind][tiny])
+    auto = AutoModelForCausalLM if kind in DECODERS else AutoModelForSequenceClassification
+    auto.from_config(config).save_pretrained(folder)
+    words = ["<pad>", "</s>", "<unk>"] + [f"w{i}" for i in range(config.vocab_size - 3)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special: dict[str, Any] = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special).save_pretrained(folder)
 
 
 def recipe(case: str, folder: Path, device: str, tiny: bool = False) -> dict[str, Any]:
     """Writes the data of a case and returns its configuration."""
-    kind, train, gradient, size = case.split("-")
+    kind, train, gradient, size, *rest = case.split("-")
+    length = int(rest[0]) if rest else LENGTH
     model = folder / (f"{kind}-tiny" if tiny else kind)
     if not model.exists():
         save(kind, model, tiny)
@@ -73,15 +99,15 @@ def recipe(case: str, folder: Path, device: str, tiny: bool = False) -> dict[str
         table = csv.writer(file)
         table.writerow(["text", "label"])
         for row in range(24 * int(size)):
-            table.writerow([" ".join(f"w{draw.randrange(30_000)}" for _ in range(LENGTH)), "ab"[row % 2]])
-    data: dict[str, Any] = {"train": str(folder / "data.csv"), "text": "text", "max_length": LENGTH}
-    if kind == "bert":
+            table.writerow([" ".join(f"w{draw.randrange(30_000)}" for _ in range(length)), "ab"[row % 2]])
+    data: dict[str, Any] = {"train": str(folder / "data.csv"), "text": "text", "max_length": length}
+    if kind not in DECODERS:
         data |= {"label": "label", "labels": ["a", "b"]}
     return {
         "model": {"name": str(model)},
         "data": data,
         "privacy": {"unit": "record", "num_units": 24 * int(size), "epsilon": 8, "dataset": "benchmark"},
-        "method": {"train": train, "gradient": gradient},
+        "method": {"train": train, "gradient": gradient, "frozen_weights": rest[1] if rest[1:] else "float32"},
         "run": {
             "expected_batch_size": 2 * int(size), "steps": 3, "microbatch_size": int(size), "device": device,
             "checkpoint_every": 1000,
@@ -125,31 +151,21 @@ class _Silent:
 
 def predicted(case: str, folder: Path, device: str) -> dict[str, float]:
     """The prediction, above the built model."""
-    import time
-
     import torch
 
     from sotto.config import Config
     from sotto.memory_forecast import MemoryLaw
 
-    begun = time.perf_counter()
+    begun = time.process_time()
     found = MemoryLaw(Config.from_dict(recipe(case, folder, device)), torch.device(device)).at(int(case.split("-")[3]))
     model = found.parts["weights"] + found.parts["trainables"]
-    return {"peak": found.peak - model, "seconds": time.perf_counter() - begun}
+    return {"peak": found.peak - model, "seconds": time.process_time() - begun}
 
 
-def child(case: str, task: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        "HF_HUB_OFFLINE": "1",
-        "SOTTO_LEDGER_DIR": str(folder / "ledger"),
-    }
-    command = [sys.executable, __file__, "--child", task, str(folder), "--case", case, "--device", args.device]
-    done = subprocess.run(command, env=env | HONEST_MALLOC, text=True, capture_output=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+def child(case: str, task: str, folder: Path, device: str) -> dict[str, float]:
+    """Does a task in a fork of this process, which has loaded the libraries and done nothing with them."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply({"measured": measured, "predicted": predicted}[task], (case, folder, device))
 
 
 def main() -> None:
@@ -157,18 +173,19 @@ def main() -> None:
     parser.add_argument("--case", action="append")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        task, folder = args.child
-        make = {"measured": measured, "predicted": predicted}[task]
-        print(json.dumps(make(args.case[0], Path(folder), args.device)))
-        return
-    print("| model | trained | gradient | microbatch | predicted MiB | measured MiB | error | seconds to predict |")
-    print("|---|---|---|--:|--:|--:|--:|--:|")
+    wanted = HONEST_MALLOC | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):  # they are read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+    import sotto.memory_forecast
+    import sotto.training  # noqa: F401
+
+    print("| model | trained | gradient | microbatch | predicted MiB | measured MiB | error | CPU s to predict |")
+    print("|---|---|---|--:|--:|--:|--:|--:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["SOTTO_LEDGER_DIR"] = f"{folder}/ledger"
         for case in args.case or CASES:
-            said, was = (child(case, task, Path(folder), args) for task in ("predicted", "measured"))
+            said, was = (child(case, task, Path(folder), args.device) for task in ("predicted", "measured"))
             error = said["peak"] / was["peak"] - 1
             print(
                 f"| {' | '.join(case.split('-'))} | {said['peak'] / 2**20:.0f} | {was['peak'] / 2**20:.0f} "

@@ -239,6 +239,8 @@ class Config(Section):
             raise ValueError("method.side_cache stores a frozen model's outputs: it needs method.train: side")
         if self.data.task == "generation" and self.model.pooling == "mean":
             raise ValueError("model.pooling: mean is for classification")
+        if self.method.frozen_weights != "float32" and not isinstance(self.setting, CentralSetting):
+            raise ValueError("method.frozen_weights is for runs on one machine: set float32, or setting.kind: central")
         if isinstance(self.setting, SplitSetting):
             self._split_agrees(self.setting)
         if isinstance(self.setting, FederatedSetting):

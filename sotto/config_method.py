@@ -46,6 +46,9 @@ class MethodSection(Section):
     reversible_streams: Literal["fixed", "float64", "float32", "stored"] = "fixed"
     """How activations come back. `fixed`: from integers, exactly. `float64`, `float32`: nearly, with anchors, checked.
     `stored`: from each layer's stored input, exactly, with the model's own function."""
+    frozen_weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """How weights of linear layers that are not trained are kept in memory: rounded to 2, 1 or about half a byte each.
+    For `lora`, `head`, `side`, and `reversible` with LoRA inside. What is exported is the rounded model."""
     gradient: Literal["auto", "per_example", "ghost", "book_keeping", "layerwise", "zeroth_order"] = "auto"
     """How clipped sums are computed. `auto` is book_keeping: one backward pass. ghost: two, in less memory.
     per_example: one for each unit; slow, to check the others. These give the same numbers. layerwise clips every layer
@@ -95,6 +98,17 @@ class MethodSection(Section):
     def laplace(self) -> bool:
         """Whether releases are covered by Laplace noise, and the guarantee holds at delta 0."""
         return self.zeroth_order and self.zeroth_noise == "laplace"
+
+    @model_validator(mode="after")
+    def _rounded_weights_are_frozen(self) -> MethodSection:
+        inside = self.reversible_train if self.train == "reversible" else self.train
+        if self.frozen_weights != "float32" and inside in ("full", "bitfit"):
+            key = "reversible_train" if self.train == "reversible" else "train"
+            raise ValueError(
+                f"frozen_weights: {self.frozen_weights} rounds the layers that {key}: {inside} trains, and a step is "
+                f"smaller than what is rounded away: set {key}: lora, or frozen_weights: float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _zeroth_order_fits(self) -> MethodSection:

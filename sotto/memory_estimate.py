@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from sotto.config import Config
+from sotto.models.headers import TensorHeader
 from sotto.models.source import ModelFacts
 
 LARGEST_MICROBATCH = 64
@@ -110,13 +111,14 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
     trained = trainable_parameters(facts, config)
     copies = (2 if config.run.optimizer == "adamw" else int(config.run.momentum > 0)) + int(config.run.ema_decay > 0)
     per_example = activations(facts, config)
-    fixed = 4 * facts.parameters + 4 * trained * (copies + 3)
+    weights = _weights(facts, config)
+    fixed = weights + 4 * trained * (copies + 3)
     size = config.run.microbatch_size
     if size == "auto":
         room = max(0, RESERVE * budget - fixed)
         size = max(1, min(LARGEST_MICROBATCH, int(room // per_example)))
     return MemoryEstimate(
-        weights=4 * facts.parameters,
+        weights=weights,
         gradients=4 * trained * 2,  # the sum so far and this microbatch's
         optimizer=4 * trained * copies,
         noise=4 * trained,
@@ -124,6 +126,17 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
         microbatch_size=size,
         budget=budget,
     )
+
+
+def _weights(facts: ModelFacts, config: Config) -> int:
+    """Bytes of the weights, of which those in the layers' matrices may be rounded; int4 has a scale for every 64."""
+    saved = {"float32": 0.0, "bfloat16": 2.0, "int8": 3.0, "int4": 3.5 - 4 / 64}[config.method.frozen_weights]
+    layers = sum(t.numel for name, t in facts.tensors.items() if len(t.shape) == 2 and _in_a_layer(name, t, facts))
+    return 4 * facts.parameters - round(saved * layers)
+
+
+def _in_a_layer(name: str, tensor: TensorHeader, facts: ModelFacts) -> bool:
+    return "embed" not in name and "wte" not in name and max(tensor.shape) < facts.vocab_size
 
 
 def activations(facts: ModelFacts, config: Config) -> int:

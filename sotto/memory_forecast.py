@@ -88,7 +88,7 @@ class MemoryLaw:
         Raises:
           SottoError: SOT300 to SOT310, the model cannot be found or built.
         """
-        self.config, self.device = config, device
+        self.config, self.device = _fewer_probes(config), device
         self.facts = facts or inspect(resolve(config.model.name, config.model.revision), weights=False)
         self.each = config.privacy.max_examples_per_unit
         self.trainable = 0
@@ -99,9 +99,19 @@ class MemoryLaw:
         peak = max(segments, key=lambda s: s.bytes_PE.sum(0).max(initial=0))
         when = int(peak.bytes_PE.sum(0).argmax())
         parts = {part: int(size) for part, size in zip(PARTS, peak.bytes_PE[:, when], strict=True)}
-        method = self.config.method
+        phase, method = peak.phase, self.config.method
+        if self.loading > sum(parts.values()):
+            phase, parts = "weights", {**dict.fromkeys(PARTS, 0), "weights": self.loading}
         gradient = "book_keeping" if method.gradient == "auto" else method.gradient
-        return MemoryForecast(method.train, gradient, microbatch_size, parts, peak.phase, self.trainable)
+        return MemoryForecast(method.train, gradient, microbatch_size, parts, phase, self.trainable)
+
+    @cached_property
+    def loading(self) -> int:
+        """Bytes of the weights as they are read, where those that are frozen are rounded only afterwards; else 0."""
+        if self.config.method.frozen_weights == "float32":
+            return 0
+        with torch.device("meta"):
+            return sum(p.numel() * p.itemsize for p in self._build(None).parameters())
 
     def largest(self, room: int, limit: int) -> int:
         """The largest microbatch of at most `limit` examples whose peak is at most `room` bytes; 0 if there is none."""
@@ -204,6 +214,13 @@ class MemoryLaw:
             checked = recorder.mark()
             run.step()
         return recorder.segments(begun, checked) if check else [], recorder.segments(checked)
+
+
+def _fewer_probes(config: Config) -> Config:
+    """Directions are probed one pass after the other, all alike: two passes tell what many would."""
+    method = config.method
+    few = {"zeroth_probes": min(method.probes, max(2, method.zeroth_sides))}
+    return config.model_copy(update={"method": method.model_copy(update=few)}) if method.zeroth_order else config
 
 
 class _NoNoise:

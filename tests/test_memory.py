@@ -26,7 +26,7 @@ from sotto.models.trainable import prepare
 
 CPU = torch.device("cpu")
 DEEP: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
-                        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                        "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 SHAPES: dict[str, Any] = {
     "bert": lambda n: BertConfig(**DEEP, num_hidden_layers=n),
@@ -309,3 +309,20 @@ def test_seventy_billion_weights_take_no_memory(tmp_path: Path) -> None:
     weights = segments[0].bytes_PE[PARTS.index("weights")].max()
     with torch.device("meta"):
         assert weights >= 4 * sum(p.numel() for p in law._build(None).parameters()) > 4 * 70e9
+
+
+@pytest.mark.parametrize("length", [128, 256])
+def test_methods_that_keep_less_need_less(tmp_path: Path, length: int) -> None:
+    """Of activations, all layers' are kept, or each layer's input, or less than that."""
+    config = config_only(tmp_path, "bert", 8, "lora", "layerwise").with_overrides([f"data.max_length={length}"])
+
+    def above_weights(*changes: str) -> int:
+        parts = MemoryLaw(config.with_overrides([f"method.{c}" for c in changes]), CPU).at(8).parts
+        return sum(size for part, size in parts.items() if part not in ("weights", "trainables"))
+
+    plain, full = above_weights(), above_weights("train=full")
+    stored, fixed = (above_weights("train=reversible", f"reversible_streams={s}") for s in ("stored", "fixed"))
+    side = above_weights("train=side")
+    assert max(stored, fixed) < plain / 2
+    assert plain < full
+    assert side < plain

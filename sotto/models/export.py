@@ -20,7 +20,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sotto.errors import SottoError
-from sotto.models import folders, support
+from sotto.models import folders, frozen, support
 from sotto.models.pooling import MeanPooledClassifier
 from sotto.models.reload import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NOTE, load_exported
 from sotto.models.source import public_name
@@ -168,6 +168,7 @@ def write_adapter(model: nn.Module, folder: Path, extra: dict[str, Any]) -> None
         "pad_token_id": inner.config.get_text_config().pad_token_id,  # type: ignore[union-attr]
         # What the whole must answer on a fixed batch: a base model of the same shape but other weights is noticed.
         "probe": support.probe(model),
+        "frozen_weights": frozen.kind_of(model),
     }
     folders.write(folder / NOTE, {**extra, **note})
 

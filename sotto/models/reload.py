@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sotto.errors import SottoError
-from sotto.models import lora, support
+from sotto.models import frozen, lora, support
 from sotto.models.config_json import WRAPPED_TYPES, read_json
 from sotto.models.headers import read_header
 from sotto.models.load import build_network
@@ -119,6 +119,8 @@ def _load_adapter(folder: Path, base: str | Path | None) -> PeftModel:
     labels, task = note.get("labels") or (), note.get("task")
     if task not in ("classification", "generation") or (task == "classification" and len(labels) < 2):
         raise _not_an_export(folder, f"{NOTE} does not say which classes it has")
+    if note.get("frozen_weights", "float32") not in frozen.KINDS:
+        raise _not_an_export(folder, f"{NOTE} does not say how its base model is kept")
     network, _ = build_network(
         facts, task, labels=labels, pooling=note.get("pooling", "model"), keep_dropout=True, seed=0
     )
@@ -131,12 +133,13 @@ def _load_adapter(folder: Path, base: str | Path | None) -> PeftModel:
         result = set_peft_model_state_dict(wrapped, stored)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _not_an_export(folder, f"it does not fit its base model ({str(error).strip()[:120]})") from error
+    frozen.store(wrapped.requires_grad_(False), note.get("frozen_weights", "float32"))
     lacking = own & set(result.missing_keys)
     if lacking or result.unexpected_keys:
         name = sorted(lacking or result.unexpected_keys)[0]
         raise _not_an_export(folder, f"it does not fit its base model (weight {name[:80]})")
     _check_base(folder, wrapped, note.get("probe"))
-    return wrapped.requires_grad_(False).eval()  # type: ignore[return-value]
+    return wrapped.eval()
 
 
 def _check_base(folder: Path, model: PeftModel, probe: Any) -> None:

@@ -21,7 +21,7 @@ def prepare(model: nn.Module, method: MethodSection, seed: int = 0) -> nn.Module
 
     Returns:
       the same model; for `lora` the `PeftModel` around it; for `side` and `reversible` a transformers model around it.
-      Trainable weights are float32.
+      Trainable weights are float32; those of frozen linear layers are kept as `method.frozen_weights` says.
 
     Raises:
       SottoError: SOT320 to SOT325, there is nothing of that kind to train; SOT340 to SOT345, the layers cannot be used
@@ -51,6 +51,10 @@ def prepare(model: nn.Module, method: MethodSection, seed: int = 0) -> nn.Module
         if parameter.requires_grad and parameter.dtype != torch.float32:
             # Clipping and noise are computed in the weights' own precision; half precision would round the noise.
             parameter.data = parameter.data.float()
+    if method.frozen_weights != "float32":
+        from sotto.models import frozen
+
+        frozen.store(model, method.frozen_weights)
     return model
 
 
