@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faults_in_accounting
+import faults_in_exact_noise
 import faults_in_federated
 import faults_in_gradients
 import faults_in_masks
@@ -17,6 +18,7 @@ from mutant import CATALOGUE, CLASSES, NOT_BUILT, Mutant
 
 FILES = (
     faults_in_accounting,
+    faults_in_exact_noise,
     faults_in_federated,
     faults_in_gradients,
     faults_in_masks,
