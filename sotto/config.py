@@ -127,6 +127,9 @@ class PrivacySection(Section):
     split. Default: a fingerprint of the text."""
     neighboring_relation: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
     """Which pairs of datasets must be hard to tell apart."""
+    exact_noise: bool = False
+    """Round sums to a public grid and add exact integer noise, so that no last bit of a float tells of the data. The
+    same epsilon, and noise up to a thousandth larger. Numbers of zeroth-order gradients always get it."""
 
     @model_validator(mode="after")
     def _record_is_one(self) -> PrivacySection:
@@ -289,6 +292,8 @@ class Config(Section):
             raise ValueError("setting.codec is not for method.gradient: zeroth_order, which sends few numbers anyway")
         if setting.noise == "clients" and (not self.privacy.private or method.clipping == "adaptive"):
             raise ValueError("setting.noise: clients needs a privacy budget, and method.clipping: flat")
+        if setting.noise == "clients" and self.privacy.exact_noise:
+            raise ValueError("privacy.exact_noise needs setting.noise: server: devices add their shares in float64")
         if setting.noise == "clients" and method.zeroth_order:
             raise ValueError("setting.noise: clients is not for method.gradient: zeroth_order")
         if setting.masks and (1 - setting.dropouts) * (setting.sites or self.run.expected_batch_size) < 2:
@@ -306,6 +311,12 @@ class Config(Section):
     def spare_steps(self) -> int:
         """Steps that are accounted for beyond `steps`, for those that a crash makes Sotto do again."""
         return self.run.spare_steps if self.run.spare_steps is not None else max(1, math.ceil(self.steps / 50))
+
+    @property
+    def exact_noise(self) -> bool:
+        """Whether releases get exact noise on a grid: asked for, or so few numbers that it costs nothing."""
+        shares = self.setting.kind == "federated" and self.setting.noise == "clients"
+        return self.method.laplace or self.privacy.exact_noise or (self.method.zeroth_order and not shares)
 
     @property
     def not_private(self) -> str | None:

@@ -231,6 +231,9 @@ class _NoNoise:
     def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=torch.float64, device=device)
 
+    def rounded(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        return self.normal(shape, std, step=step, name=name, device=device)
+
     def below(self, *, step: int, name: str) -> Below:
         return lambda n: 0
 

@@ -359,9 +359,12 @@ def make_mechanism(config: Config, plan: Plan, clipping: Clipping, noise: NoiseS
         return Divided(plan.expected_batch_size, noise.private)
     if isinstance(clipping, Adaptive):
         share = config.method.clip_share
-        return AdaptiveGaussianMechanism(plan.noise_multiplier, plan.expected_batch_size, noise, clipping, share)
-    mechanism = LaplaceMechanism if plan.pure else GaussianMechanism
-    return mechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
+        return AdaptiveGaussianMechanism(
+            plan.noise_multiplier, plan.expected_batch_size, noise, clipping, share, plan.exact_noise
+        )
+    if plan.pure:
+        return LaplaceMechanism(plan.noise_multiplier, divisor=plan.expected_batch_size, noise=noise)
+    return GaussianMechanism(plan.noise_multiplier, plan.expected_batch_size, noise, plan.exact_noise)
 
 
 def _checkpoint_every(engine: Engine | ZerothOrder | Cohort, steps: int) -> int:

@@ -203,7 +203,7 @@ def _facts(planned: SweepPlan, trial: dict[str, Any]) -> dict[str, Any]:
 
 def text(planned: SweepPlan, plan: Plan, setting: list[str]) -> str:
     """The statement of a sweep."""
-    from sotto.privacy.statement import NOT_COVERED, who
+    from sotto.privacy.statement import not_covered, who
 
     chosen = ", ".join(setting) or "the configuration as it is"
     return (
@@ -233,7 +233,7 @@ def text(planned: SweepPlan, plan: Plan, setting: list[str]) -> str:
                 "  The chosen model and its setting. Other models, all scores and the number of trainings are private.",
                 "",
                 "WHAT IS NOT COVERED",
-                *(f"  * {item}" for item in NOT_COVERED[1:]),
+                *(f"  * {item}" for item in not_covered(plan)[1:]),
             ]
         )
         + "\n"

@@ -24,6 +24,7 @@ from sotto import session as sessions
 from sotto.data.sampling import PoissonSampler
 from sotto.gradients.clipping import Adaptive
 from sotto.privacy.ledger import Ledger
+from sotto.privacy.mechanism import GRID_BITS, grid
 from sotto.privacy.noise import DebugNoise
 from sotto.rundir import RunDir
 from sotto.training import Session
@@ -120,6 +121,10 @@ def _freeze(patch: pytest.MonkeyPatch, seen: Recording, without_unit: bool) -> N
         def normal(self, shape: Any, std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
             seen.calls.append(("noise", step, name, tuple(shape), std))
             return self.source.normal(shape, std, step=step, name=name, device=device)
+
+        def rounded(self, shape: Any, std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+            seen.calls.append(("noise", step, name, tuple(shape), std))
+            return self.source.rounded(shape, std, step=step, name=name, device=device)
 
     def planned(config: Any, stem: str) -> RunDir:
         return RunDir(Path(config.output.dir) / "the-run")
@@ -235,9 +240,14 @@ def check_noise(seen: Recording) -> None:
         assert len({call[2] for call in drawn}) == len(drawn)
         # Sensitivity over deviation, squared and added up over the parts of the release, is what the plan bought.
         (deviation,) = {call[4] for call in on_sum}
-        spent = (sensitivity / deviation) ** 2
-        spent += sum(call[3][0] / 4 / call[4] ** 2 for call in on_counts)
-        assert spent == pytest.approx(1 / plan.noise_multiplier**2, rel=1e-9)
+        moves, half = sensitivity, 0.5
+        if plan.exact_noise:  # all in units of the grid: rounding moves every number by half a unit, in both sums
+            unit, numbers = grid(sensitivity, GRID_BITS), sum(g.numel() for g in seen.sums[step].values())
+            moves, half = sensitivity / unit + numbers**0.5, 1.0
+        spent = (moves / deviation) ** 2
+        spent += sum(call[3][0] * half**2 / call[4] ** 2 for call in on_counts)
+        assert spent * plan.noise_multiplier**2 == pytest.approx(1, rel=1e-6 if plan.exact_noise else 1e-9)
+        assert spent <= (1 + 1e-12) / plan.noise_multiplier**2 or not plan.exact_noise
         assert bool(on_counts) == (plan.clipping == "adaptive")
 
 

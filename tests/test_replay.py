@@ -13,7 +13,7 @@ import torch
 from sotto import finish, training
 from sotto import session as sessions
 from sotto.gradients.clipping import Flat
-from sotto.privacy.mechanism import GaussianMechanism
+from sotto.privacy.mechanism import GRID_BITS, GaussianMechanism, grid
 
 CLIPPINGS: dict[str, dict[str, str]] = {
     "flat": {"clipping": "flat"},
@@ -45,6 +45,20 @@ def test_a_neighbouring_dataset_shows_nowhere_in_public(tmp_path: Path, kind: st
     check(one, two)
     assert [ours - theirs for ours, theirs in zip(one.units, two.units, strict=True)] == [1, 0, 1, 1, 0]
     assert two.units[2] == 0
+
+
+@pytest.mark.parametrize("clipping", ["flat", "adaptive_layerwise"])
+def test_exact_noise_shows_no_more(tmp_path: Path, clipping: str) -> None:
+    """Releases are whole multiples of the grid, over the divisor, whatever the data was."""
+    changes = {"method": {"train": "full", **CLIPPINGS[clipping]}, "privacy": {"exact_noise": True}}
+    one, two = replay.pair(tmp_path, "classification", changes)
+    check(one, two)
+    for seen in (one, two):
+        for released, sensitivity in zip(seen.released, seen.sensitivities, strict=True):
+            unit = grid(sensitivity, GRID_BITS) / seen.plan.expected_batch_size
+            for value in released.values():
+                whole = value.double() / unit  # but for the rounding to float32
+                assert float((whole - whole.round()).abs().max()) <= float(whole.abs().max()) * 2**-24
 
 
 @pytest.mark.parametrize(("kind", "train", "clipping"), SOME, ids=map("-".join, SOME))

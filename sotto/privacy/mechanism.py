@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from sotto.errors import SottoError
 from sotto.privacy.discrete import floored_laplace
 from sotto.privacy.events import check_number
 from sotto.privacy.noise import NoiseSource
+from sotto.privacy.rounded import check_quantile
 
 if TYPE_CHECKING:
     from sotto.gradients.base import ClippedSum
@@ -39,23 +40,33 @@ class GaussianMechanism:
     public constant (the expected batch size), never the size of the batch that was drawn. Each call is one release:
     charge the ledger before it, also if the result is thrown away.
 
-    Not covered: `total.norms` is not released and stays private; noise is float (see `noise`).
+    Exact. With `exact`, the sum is rounded to whole multiples of a public grid g, and gets exact noise that is rounded
+    to the same grid. Rounding moves each of D numbers by at most g/2, so two neighbouring sums, once rounded, are at
+    most `sensitivity + g sqrt(D)` apart, and that is what the noise is scaled to. The noise is the integer nearest to a
+    real draw of the Gaussian; added to integers, it makes the release a function of what the real-valued Gaussian
+    mechanism releases. So the event is the same, for every sampling and composition, and no last bit of a float takes
+    part. (The discrete Gaussian of Canonne et al. 2020 has no such relation to the sampled Gaussian; see `discrete`.)
+
+    Not covered: `total.norms` is not released and stays private; noise is float (see `noise`) unless it is exact.
     """
 
-    def __init__(self, noise_multiplier: float, divisor: float, noise: NoiseSource):
+    def __init__(self, noise_multiplier: float, divisor: float, noise: NoiseSource, exact: bool = False):
         """Sets up the mechanism.
 
         Args:
           noise_multiplier: standard deviation of the noise over the sensitivity; > 0.
           divisor: public constant, in units; > 0.
           noise: where the noise comes from.
+          exact: on a grid, as integers.
 
         Raises:
           SottoError: SOT401, a number is out of range.
         """
         self.noise_multiplier = check_number("noise_multiplier", noise_multiplier, above=0)
         self.divisor = check_number("divisor", divisor, above=0)
-        self.noise = noise
+        self.noise, self.exact = noise, exact
+        if exact:
+            check_quantile()
 
     @property
     def private(self) -> bool:
@@ -74,23 +85,58 @@ class GaussianMechanism:
         """
         _check(total)
         std = self.noise_multiplier * check_number("sensitivity", total.sensitivity, above=0)
+        unit = 0.0
+        if self.exact:
+            unit = grid(total.sensitivity, GRID_BITS)
+            numbers = sum(value.numel() for value in total.gradients.values())
+            std = exact_std(self.noise_multiplier, total.sensitivity, unit, numbers)
         released: dict[str, torch.Tensor] = {}
         for name, value in total.gradients.items():
-            released[name] = self._release(value, std, step, name)
+            released[name] = self._release(value, std, step, name, unit)
         return released
 
-    def _release(self, value: torch.Tensor, std: float, step: int, name: str) -> torch.Tensor:
-        """Adds and divides in float64, rounds once. In pieces, so that the float64 copies stay small."""
+    def _release(self, value: torch.Tensor, std: float, step: int, name: str, unit: float) -> torch.Tensor:
+        """Adds and divides in float64, rounds once. In pieces, so that the float64 copies stay small.
+
+        Args:
+          unit: of the grid, and of `std`; 0 for float noise.
+        """
         released = torch.empty_like(value, dtype=_wide(value.dtype), memory_format=torch.contiguous_format)
         source, target = value.reshape(-1), released.view(-1)
         for start in range(0, target.numel(), _PIECE):
             piece = source[start : start + _PIECE]
-            noise = self.noise.normal(piece.shape, std, step=step, name=f"{name}[{start}]", device=value.device)
-            target[start : start + _PIECE] = (noise + piece).div_(self.divisor)
+            where: dict[str, Any] = {"step": step, "name": f"{name}[{start}]", "device": value.device}
+            if unit:
+                noised = (self.noise.rounded(piece.shape, std, **where) + _whole(piece, unit)).mul_(unit)
+            else:
+                noised = self.noise.normal(piece.shape, std, **where) + piece
+            target[start : start + _PIECE] = noised.div_(self.divisor)
         return released
 
     def __repr__(self) -> str:
-        return f"GaussianMechanism(noise_multiplier={self.noise_multiplier}, divisor={self.divisor}, {self.noise!r})"
+        kind = ", exact" if self.exact else ""
+        return (
+            f"GaussianMechanism(noise_multiplier={self.noise_multiplier}, divisor={self.divisor}, {self.noise!r}{kind})"
+        )
+
+
+GRID_BITS = 24
+"""The grid of exact Gaussian noise is 2^-25 to 2^-24 of the sensitivity: fine enough that rounding costs little, coarse
+enough that few draws of the noise need more than 64 bits."""
+
+
+def exact_std(noise_multiplier: float, sensitivity: float, unit: float, numbers: int) -> float:
+    """Standard deviation, in units of the grid, for so many numbers whose sum is rounded to it. Never rounded down."""
+    exact = Fraction(sensitivity) / Fraction(unit) + math.isqrt(numbers) + 1  # at least the square root
+    return math.nextafter(float(Fraction(noise_multiplier) * exact), math.inf)
+
+
+def _whole(value: torch.Tensor, unit: float) -> torch.Tensor:
+    """Multiples of a unit that is a power of two, so that only the rounding to whole numbers changes anything."""
+    whole = value.double().div_(unit).round_()
+    if bool((whole.abs() >= 2**52).any()):
+        raise _bug("the clipped sum is too large for the grid")
+    return whole
 
 
 class LaplaceMechanism:
@@ -148,9 +194,9 @@ class LaplaceMechanism:
         return f"LaplaceMechanism(noise_multiplier={self.noise_multiplier}, divisor={self.divisor}, {self.noise!r})"
 
 
-def grid(sensitivity: float) -> float:
-    """A power of two between 2^-33 and 2^-32 of the sensitivity: what Laplace releases are multiples of."""
-    return 2.0 ** (math.frexp(check_number("sensitivity", sensitivity, above=0))[1] - 33)
+def grid(sensitivity: float, bits: int = 32) -> float:
+    """A power of two between 2^-(bits + 1) and 2^-bits of the sensitivity: what releases are multiples of."""
+    return 2.0 ** (math.frexp(check_number("sensitivity", sensitivity, above=0))[1] - bits - 1)
 
 
 class Quantile(Protocol):
@@ -175,12 +221,19 @@ class AdaptiveGaussianMechanism:
     """
 
     def __init__(
-        self, noise_multiplier: float, divisor: float, noise: NoiseSource, quantile: Quantile, share: float = 0.01
+        self,
+        noise_multiplier: float,
+        divisor: float,
+        noise: NoiseSource,
+        quantile: Quantile,
+        share: float = 0.01,
+        exact: bool = False,
     ):
         """Sets up the mechanism.
 
         Args:
-          noise_multiplier, divisor, noise: as for `GaussianMechanism`; noise_multiplier is that of the whole release.
+          noise_multiplier, divisor, noise, exact: as for `GaussianMechanism`; noise_multiplier is that of the whole
+            release.
           quantile: the clipping that the sums are made with. Its thresholds move after each call.
           share: in (0, 1): part of each step's privacy that pays for the counts.
 
@@ -190,7 +243,7 @@ class AdaptiveGaussianMechanism:
         self.noise_multiplier = check_number("noise_multiplier", noise_multiplier, above=0)
         self.share = check_number("share", share, above=0, below=1)
         self.quantile = quantile
-        self._sum = GaussianMechanism(noise_multiplier / math.sqrt(1 - share), divisor, noise)
+        self._sum = GaussianMechanism(noise_multiplier / math.sqrt(1 - share), divisor, noise, exact)
 
     @property
     def private(self) -> bool:
@@ -208,9 +261,12 @@ class AdaptiveGaussianMechanism:
         """As `GaussianMechanism.privatize`; then moves the clipping's thresholds."""
         released = self._sum.privatize(total, step)
         counts_G = self.quantile.count_unclipped(total.group_norms).double()
-        noise_G = self._sum.noise.normal(
-            counts_G.shape, self.count_std(len(counts_G)), step=step, name="count_unclipped", device=counts_G.device
-        )
+        where: dict[str, Any] = {"step": step, "name": "count_unclipped", "device": counts_G.device}
+        std = self.count_std(len(counts_G))
+        if self._sum.exact:  # counts are halves: in units of one half they are whole numbers
+            noise_G = self._sum.noise.rounded(counts_G.shape, math.nextafter(2 * std, math.inf), **where) / 2
+        else:
+            noise_G = self._sum.noise.normal(counts_G.shape, std, **where)
         # Centred counts over the expected number of units: an estimate of the fraction, less one half.
         self.quantile.follow((counts_G + noise_G) / self._sum.divisor + 0.5)
         return released

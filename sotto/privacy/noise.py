@@ -4,12 +4,13 @@
 under a fresh key from `os.urandom` for every call and every chunk. No key is kept, stored, logged or derivable from any
 seed, and objects refuse to be pickled or copied.
 
-What this does not give. The normals are float64 values of the ziggurat method: not the exact discrete Gaussian. The
-set of values that a float sum plus float noise can take depends, in its last bits, on the sum; attacks on these bits
-are known (Mironov 2012; Haney et al. 2022, arXiv:2207.13793). The mechanism therefore adds in float64 and rounds
-to float32 afterwards, which leaves 29 bits below the last one that is released; this makes such attacks much harder and
-is no proof. The epsilon that Sotto states is that of the ideal Gaussian. The rejection steps of the ziggurat make the
-running time depend (very slightly) on the noise, never on the data.
+What this does not give. The draws of `normal` are float64 values of the ziggurat method, which are not exact. The set
+of values that a float sum plus float noise can take depends, in its last bits, on the sum; attacks on these bits are
+known (Mironov 2012; Haney et al. 2022, arXiv:2207.13793). The mechanism therefore adds in float64 and rounds to float32
+afterwards, which leaves 29 bits below the last one that is released; this makes such attacks much harder and is no
+proof. The epsilon that Sotto states is that of the ideal Gaussian. The draws of `rounded` are exact integers, and leave
+no such bits (see the module `rounded`). Rejections, and draws that need more bits, make the running time depend (very
+slightly) on the noise, never on the data.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import os
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NoReturn, Protocol
 
@@ -31,6 +32,7 @@ import torch
 from sotto.errors import SottoError
 from sotto.privacy.discrete import Below
 from sotto.privacy.events import check_count, check_number
+from sotto.privacy.rounded import rounded_normal
 
 _randomgen: Any = importlib.import_module("randomgen")  # untyped
 _CHUNK = 1 << 20
@@ -53,6 +55,13 @@ class NoiseSource(Protocol):
 
         Returns:
           float64: the caller adds in float64 and rounds once, after the sum.
+        """
+        ...
+
+    def rounded(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        """Returns the integers nearest to independent N(0, std^2) draws, exactly (see `rounded`).
+
+        Args, Returns: as for `normal`; std > 0.
         """
         ...
 
@@ -97,15 +106,24 @@ class SecureNoise:
     def normal(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
         """See `NoiseSource.normal`."""
         check_number("std", std, at_least=0)
+        return self._filled(shape, functools.partial(_fill, std=std)).to(device)
+
+    def rounded(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        """See `NoiseSource.rounded`."""
+        check_number("std", std, above=0)
+        return self._filled(shape, functools.partial(_fill_rounded, std=std)).to(device)
+
+    def _filled(self, shape: Sequence[int], fill: Callable[[_Array], None]) -> torch.Tensor:
+        """Chunks are filled under keys of their own, by several threads."""
         out: _Array = np.empty(math.prod(shape))
         chunks = [out[start : start + _CHUNK] for start in range(0, out.size, _CHUNK)]
         if len(chunks) < 2 or self._threads < 2:
             for chunk in chunks:
-                _fill(chunk, std)
+                fill(chunk)
         else:
             with ThreadPoolExecutor(min(self._threads, len(chunks))) as pool:
-                list(pool.map(functools.partial(_fill, std=std), chunks))
-        return _tensor(out).reshape(tuple(shape)).to(device)
+                list(pool.map(fill, chunks))
+        return _tensor(out).reshape(tuple(shape))
 
     def below(self, *, step: int, name: str) -> Below:
         """See `NoiseSource.below`: the operating system's generator."""
@@ -136,6 +154,10 @@ def _fresh() -> np.random.Generator:
 def _fill(chunk: _Array, std: float) -> None:
     _fresh().standard_normal(out=chunk)
     np.multiply(chunk, std, out=chunk)
+
+
+def _fill_rounded(chunk: _Array, std: float) -> None:
+    chunk[:] = rounded_normal(chunk.size, std, _fresh().bit_generator.random_raw, secrets.randbelow)
 
 
 def keyed_words(key: bytes, count: int, word: type[np.uint32] | type[np.uint64]) -> np.ndarray[Any, Any]:
@@ -189,6 +211,12 @@ class DebugNoise:
         """See `NoiseSource.normal`."""
         check_number("std", std, at_least=0)
         draws = self._generator(step, name).standard_normal(math.prod(shape)) * std
+        return _tensor(draws).reshape(tuple(shape)).to(device)
+
+    def rounded(self, shape: Sequence[int], std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        """See `NoiseSource.rounded`."""
+        words: Any = self._generator(step, name).bit_generator.random_raw  # type: ignore[attr-defined]
+        draws = rounded_normal(math.prod(shape), std, words, self.below(step=step, name=name))
         return _tensor(draws).reshape(tuple(shape)).to(device)
 
     def below(self, *, step: int, name: str) -> Below:

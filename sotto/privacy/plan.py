@@ -51,6 +51,7 @@ class Plan:
       layerwise: every layer of a unit's gradient is clipped on its own; the noise covers all of them together.
       probes: how many numbers a step releases with zeroth-order gradients; 0 when it releases gradients.
       noise: the law of the noise. Laplace: numbers are clipped in L1 norm, and epsilon holds at delta 0.
+      exact_noise: releases are whole multiples of a public grid, with exact noise; else noise is in float64.
       setting: of a federated run, what its section `setting` says; else None.
       result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
@@ -76,6 +77,7 @@ class Plan:
     layerwise: bool = False
     probes: int = 0
     noise: Literal["gaussian", "laplace"] = "gaussian"
+    exact_noise: bool = False
     setting: dict[str, Any] | None = None
     result: str = ""
     memory: dict[str, int] | None = None
@@ -194,6 +196,7 @@ def make_plan(config: Config) -> Plan:
         layerwise=config.method.gradient == "layerwise",
         probes=config.method.probes,
         noise="laplace" if config.method.laplace else "gaussian",
+        exact_noise=config.exact_noise,
         setting=federated_facts(config),
         result=_result(config),
     )

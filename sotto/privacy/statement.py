@@ -23,7 +23,10 @@ NOT_COVERED = (
     "The text that the base model was pretrained on.",
     "People who are mentioned in somebody else's text: only whoever the unit names is protected.",
     "The data at rest, the run folder's private files, and whoever can read this machine's memory.",
-    "Rounding of floating-point noise: sampling is cryptographic, in double precision, but not exact arithmetic.",
+    "Rounding of clipped gradients, which are computed in floating point and not exactly.",
+)
+FLOAT_NOISE = (
+    "Rounding of floating-point noise: sampling is cryptographic, in double precision, but not exact arithmetic."
 )
 DELTAS = (0.1, 0.03, 0.01, 0.003, 0.001)
 """Further points of the privacy curve that the attacker's bound is read from."""
@@ -135,7 +138,8 @@ def how(guarantee: Guarantee) -> str:
     return (
         f"Each of {g.steps_taken:,} steps drew every unit independently with probability {plan.sampling_prob:.6g}, "
         f"scaled {_clipping(plan)}, added {plan.noise.capitalize()} "
-        f"noise of {plan.noise_multiplier:.6g} times that norm from a cryptographic generator, and divided by the "
+        f"noise of {plan.noise_multiplier:.6g} times that norm from a cryptographic generator"
+        f"{' as exact integers on a public grid' if plan.exact_noise else ''}, and divided by the "
         f"constant {plan.expected_batch_size:,}. {_accounting(plan)} Without "
         "amplification by sampling, for passes in an order known to the attacker, epsilon would be "
         f"{_or_dash(plan.unamplified_epsilon)}."
@@ -190,9 +194,13 @@ def text(guarantee: Guarantee) -> str:
         f"  {RELEASED}",
         "",
         "WHAT IS NOT COVERED",
-        *(f"  * {item}" for item in NOT_COVERED),
+        *(f"  * {item}" for item in not_covered(plan)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def not_covered(plan: Plan) -> list[str]:
+    return [*NOT_COVERED, *([] if plan.exact_noise else [FLOAT_NOISE])]
 
 
 def _against_whom(g: Guarantee) -> list[str]:
@@ -273,6 +281,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "members_found_at_1_percent_false_alarms": float(accounting.round_up(g.detection_rate(0.01), 6)),
         "noise": plan.noise,
         "noise_multiplier": plan.noise_multiplier,
+        "exact_noise": plan.exact_noise,
         "sampling": "poisson",
         "sampling_prob": plan.sampling_prob,
         "steps": g.steps_taken,
@@ -286,7 +295,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),
         "dataset_runs": g.dataset_runs,
         "released": "final weights and all checkpoints",
-        "not_covered": list(NOT_COVERED),
+        "not_covered": not_covered(plan),
         "adversaries": [a.to_dict() for a in g.adversaries] or None,
         "versions": versions,
     }

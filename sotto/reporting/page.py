@@ -114,7 +114,7 @@ def _promised(g: Guarantee, facts: dict[str, Any]) -> dict[str, Any]:
         "lost": statement.lost_steps(g),
         "dataset": statement.dataset(g),
         "released": statement.RELEASED,
-        "not_covered": statement.NOT_COVERED,
+        "not_covered": statement.not_covered(plan),
         "found": round_up(100 * g.detection_rate(0.01), 1),
         "adversaries": [(a, statement.bound_of(a)) for a in g.adversaries],
         "terms": _terms(g),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faults_in_accounting
 import faults_in_distributed
+import faults_in_exact_noise
 import faults_in_federated
 import faults_in_gradients
 import faults_in_masks
@@ -19,6 +20,7 @@ from mutant import CATALOGUE, CLASSES, Mutant
 FILES = (
     faults_in_accounting,
     faults_in_distributed,
+    faults_in_exact_noise,
     faults_in_federated,
     faults_in_gradients,
     faults_in_masks,
