@@ -1,44 +1,61 @@
 """The default zeroth-order preset against `dpzero`: scores at the same epsilon and the same number of forward passes.
 
-    python benchmarks/presets.py --model <all-MiniLM-L6-v2> --data <folder> [--task sst2] [--steps 15] [--few 512]
+    python benchmarks/presets.py --model <all-MiniLM-L6-v2> --data <folder> [--task sst2] [--passes 1920] [--few 512]
 
-Each run trains a classifier's head on a frozen encoder from losses alone (the layers below the head are computed once
-per batch, by both presets). `aggzo` takes `--steps` steps of 16 directions, `dpzero` 16 times as many steps of one:
-both evaluate the loss of 32 x steps x batch examples. Learning rates are the best of a grid for each preset on the
-first task, by one run each; the table has mean and deviation of further runs. `laplace` is `dpzo` with Laplace noise
-at pure epsilon 4, against the untrained model.
+Each run trains a classifier's head on a frozen encoder from losses alone. Everything below the head gives the same for
+all probes, so it is run once for each text, and the runs of a task share what it gave; sampling, probes, clipping,
+noise and updates are those of `sotto train`, and so is the plan. `aggzo` has one pass for each of its 16 directions and
+`dpzero` two for its one, so both take `--passes` passes of a batch of `--batch` on average: `passes / 16` steps against
+`passes / 2`. `dpzero` is tried at several rates, `aggzo` at its default one; `--rate` tries others. `laplace` is `dpzo`
+with Laplace noise at pure epsilon 4.
 
-The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test} and ag_news/test.csv, of which a tenth is held out.
+The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv and ag_news/test.csv, of which a
+tenth is held out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
 import random
+import secrets
 import statistics
 import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import sotto
-from sotto import commands
+from sotto import session as sessions
+from sotto.data import PoissonSampler
+from sotto.losses import classification
+from sotto.training import batch_of
+from sotto.zeroth_order import engine as zeroth_order
+from sotto.zeroth_order.directions import new_key
 
-PROBES = 16
-GRID = {"aggzo": [3e-2, 1e-1, 3e-1], "dpzero": [3e-3, 1e-2, 3e-2, 1e-1], "laplace": [3e-3, 1e-2, 3e-2]}
-Rows = list[tuple[str, str]]
+GRID: dict[str, list[float | None]] = {"aggzo": [None], "dpzero": [0.03, 0.1], "laplace": [0.003, 0.01, 0.03]}
+"""Learning rates; None is the default."""
+Rows = list[tuple[str, ...]]
+"""Text, perhaps a second text, label."""
+
+
+def tabbed(path: Path, *columns: str) -> Rows:
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [tuple(row[column] for column in columns) for row in rows]
 
 
 def sst2(folder: Path) -> tuple[Rows, Rows]:
-    def read(name: str) -> Rows:
-        with open(folder / "sst2" / name, newline="", encoding="utf-8") as file:
-            return [
-                (row["sentence"], row["label"]) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            ]
+    return tabbed(folder / "sst2/train.tsv", "sentence", "label"), tabbed(folder / "sst2/dev.tsv", "sentence", "label")
 
-    return read("train.tsv"), read("dev.tsv")
+
+def rte(folder: Path) -> tuple[Rows, Rows]:
+    columns = "sentence1", "sentence2", "label"
+    return tabbed(folder / "rte/train.tsv", *columns), tabbed(folder / "rte/dev.tsv", *columns)
 
 
 def sst5(folder: Path) -> tuple[Rows, Rows]:
@@ -51,12 +68,11 @@ def sst5(folder: Path) -> tuple[Rows, Rows]:
 
 def ag_news(folder: Path) -> tuple[Rows, Rows]:
     with open(folder / "ag_news" / "test.csv", newline="", encoding="utf-8") as file:
-        rows = [(f"{row[1]} {row[2]}", row[0]) for row in csv.reader(file)]
-    rows = [(text, label) for text, label in rows if label.isdigit()]
+        rows: Rows = [(f"{row[1]} {row[2]}", row[0]) for row in csv.reader(file) if row[0].isdigit()]
     return [r for i, r in enumerate(rows) if i % 10], rows[::10]
 
 
-TASKS = {"sst2": sst2, "sst5": sst5, "ag_news": ag_news}
+TASKS = {"sst2": sst2, "sst5": sst5, "ag_news": ag_news, "rte": rte}
 
 
 def few(rows: Rows, each: int) -> Rows:
@@ -64,48 +80,106 @@ def few(rows: Rows, each: int) -> Rows:
     rows = random.Random(0).sample(rows, len(rows))
     kept: dict[str, Rows] = {}
     for row in rows:
-        kept.setdefault(row[1], []).append(row)
+        kept.setdefault(row[-1], []).append(row)
     return [row for of_label in kept.values() for row in of_label[:each]]
 
 
 def write(path: Path, rows: Rows) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", "label"])
+        writer.writerow(["text", "pair", "label"] if len(rows[0]) == 3 else ["text", "label"])
         writer.writerows(rows)
 
 
 class Bench:
+    """A task, with what the frozen encoder makes of its texts."""
+
     def __init__(self, args: argparse.Namespace, task: str, folder: Path):
         train, held = TASKS[task](args.data)
-        if args.few:
-            train = few(train, args.few)
+        train = few(train, args.few) if args.few else train
         self.args, self.folder, self.size = args, folder / task, len(train)
+        self.pairs, self.labels = len(train[0]) == 3, sorted({row[-1] for row in train})
         self.folder.mkdir()
         write(self.folder / "train.csv", train)
         write(self.folder / "eval.csv", held)
-        self.labels = sorted({label for _, label in train})
+        found = []
+        for name in ("eval", "train"):
+            parts = sessions.load_parts(self.config("aggzo", 1.0, 3.0, 16, name), new_key())
+            found.append(self.features(parts))
+        self.model = parts.model
+        self.held, self.train = found
 
-    def score(self, preset: str, rate: float, steps: int | None = None) -> float:
-        """Accuracy of one run, in percent; with `steps=0` that of the model that has not been trained."""
-        laplace = preset == "laplace"
-        method = {"train": "head", "gradient": "zeroth_order", "zeroth_smoothing": 1e-2}
-        method |= {"zeroth_preset": "dpzo", "zeroth_noise": "laplace"} if laplace else {"zeroth_preset": preset}
-        privacy = {"unit": "record", "num_units": self.size, "epsilon": 4.0 if laplace else self.args.epsilon}
-        if preset == "dpzero":
-            privacy |= {"neighboring_relation": "replace_one"}
-        taken = steps if steps is not None else self.args.steps * (PROBES if preset == "dpzero" else 1)
-        config = sotto.Config.from_dict({
+    def config(self, preset: str, rate: float | None, epsilon: float, passes: int, name: str = "train") -> sotto.Config:
+        laplace, count = preset == "laplace", self.size if name == "train" else 1
+        method = {"train": "head", "gradient": "zeroth_order", "zeroth_preset": "dpzo" if laplace else preset}
+        method |= {"zeroth_noise": "laplace"} if laplace else {}
+        privacy: dict[str, Any] = {"unit": "record", "num_units": count, "epsilon": epsilon}
+        privacy |= {"neighboring_relation": "replace_one"} if preset == "dpzero" else {}
+        return sotto.Config.from_dict({
             "model": {"name": self.args.model, "pooling": "mean"},
-            "data": {"train": str(self.folder / "train.csv"), "eval": str(self.folder / "eval.csv"), "text": "text",
-                     "label": "label", "labels": self.labels, "max_length": self.args.length},
-            "privacy": privacy if rate else {"unit": "record", "num_units": self.size, "epsilon": "none"},
-            "method": method,
-            "run": {"steps": max(1, taken), "expected_batch_size": self.args.batch if rate else 1,
-                    "learning_rate": rate or 1e-30, "schedule": "linear", "microbatch_size": 64},
-            "output": {"dir": str(self.folder / "runs")},
+            "data": {"train": str(self.folder / f"{name}.csv"), "text": "text", "label": "label", "labels": self.labels,
+                     "max_length": self.args.length} | ({"text_pair": "pair"} if self.pairs else {}),
+            "privacy": privacy, "method": method,
+            "run": {"steps": passes // (16 if preset == "aggzo" else 2), "optimizer": "sgd", "schedule": "linear",
+                    "expected_batch_size": min(self.args.batch, count)} | ({"learning_rate": rate} if rate else {}),
         })  # fmt: skip
-        return 100 * commands.evaluate(sotto.train(config).path)["accuracy"]
+
+    def features(self, parts: Any) -> dict[str, torch.Tensor]:
+        """What goes into the head, for every text, and the labels."""
+        seen: list[torch.Tensor] = []
+        hook = parts.model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        order = parts.data.examples.lengths.argsort(kind="stable")
+        holder: Any = parts
+        with torch.no_grad():
+            for start in range(0, len(order), 64):
+                batch = batch_of(holder, order[start : start + 64])
+                del batch["labels"]
+                parts.model(**batch)
+        hook.remove()
+        rows = torch.empty(len(order), seen[0].shape[1])
+        rows[torch.from_numpy(order)] = torch.cat(seen)
+        return {"features": rows, "labels": torch.as_tensor(parts.data.examples.labels, dtype=torch.long)}
+
+    def score(self, preset: str, rate: float | None, epsilon: float) -> float:
+        """Accuracy of one run, in percent."""
+        config = self.config(preset, rate, epsilon, self.args.passes)
+        plan, head = sotto.plan(config), self.model.classifier
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+
+        def forward(batch: Any) -> torch.Tensor:
+            return classification(head(batch["features"]), batch["labels"])
+
+        engine = zeroth_order.build(self.model, config.method, forward, sessions.make_clipping(config), new_key())
+        optimizer = sessions.make_optimizer(engine, config)
+        mechanism = sessions.make_mechanism(config, plan, engine.clipping)
+        sampler = PoissonSampler(self.size, plan.sampling_prob, secrets.token_bytes(16))
+        for step in range(plan.steps):
+            drawn = torch.from_numpy(sampler.draw(step))
+            total = engine.zeros()
+            if len(drawn):
+                total += engine.clipped_sum({name: x[drawn] for name, x in self.train.items()}, None, step)
+            optimizer.step(mechanism.privatize(total, step), step)
+        with torch.no_grad():
+            guesses = head(self.held["features"]).argmax(1)
+        return 100 * float((guesses == self.held["labels"]).float().mean())
+
+    def ceiling(self) -> float:
+        """Accuracy of the head trained by its gradient on all texts, without privacy: what there is to reach."""
+        weight = torch.zeros(len(self.labels), self.train["features"].shape[1], requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        for _ in range(100):
+            optimizer.zero_grad()
+            F.cross_entropy(self.train["features"] @ weight.T, self.train["labels"]).backward()
+            optimizer.step()
+        guesses = (self.held["features"] @ weight.T).argmax(1)
+        return 100 * float((guesses == self.held["labels"]).float().mean())
+
+
+def said(scores: Iterable[float]) -> str:
+    scores = list(scores)
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    return f"{statistics.mean(scores):.1f} ± {spread:.1f}"
 
 
 def main() -> None:
@@ -114,33 +188,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--preset", action="append", choices=GRID)
+    parser.add_argument("--epsilon", type=float, action="append")
+    parser.add_argument("--rate", type=float, action="append")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--few", type=int, help="train on so many records of each label; default: all")
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--epsilon", type=float, default=3.0)
+    parser.add_argument("--passes", type=int, default=1920, help="forward passes of a batch in a run")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--few", type=int, default=512, help="so many records of each label; 0 for all")
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["SOTTO_LEDGER_DIR"] = str(folder / "ledger")
-        for task in args.task or list(TASKS):
-            bench = Bench(args, task, folder)
-            print(f"{task}: {bench.size} records; untrained {bench.score('aggzo', 0.0, 0):.1f} %", flush=True)
-            for preset in args.preset or ["aggzo", "dpzero"]:
-                if preset not in best:
-                    tried = {rate: bench.score(preset, rate) for rate in GRID[preset]}
-                    best[preset] = max(tried, key=lambda rate: tried[rate])
-                    print(f"  {preset}: rates {tried}", flush=True)
-                scores = [bench.score(preset, best[preset]) for _ in range(args.runs)]
-                spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-                print(
-                    f"| {task} | {preset} | {best[preset]:g} | {statistics.mean(scores):.1f} | {spread:.1f} |",
-                    flush=True,
-                )
+        for task in args.task or ["sst2", "sst5", "ag_news"]:
+            begun = time.process_time()
+            bench = Bench(args, task, Path(name))
+            print(f"{task}: {bench.size} records, {len(bench.held['labels'])} held out; all of them, without privacy: "
+                  f"{bench.ceiling():.1f} % ({time.process_time() - begun:.0f} s)", flush=True)  # fmt: skip
+            for epsilon in args.epsilon or [2.0, 6.0]:
+                for preset in args.preset or ["dpzero", "aggzo"]:
+                    budget, begun = 4.0 if preset == "laplace" else epsilon, time.process_time()
+                    rates = args.rate or GRID[preset]
+                    scores = {r: said(bench.score(preset, r, budget) for _ in range(args.runs)) for r in rates}
+                    print(f"| {task} | {budget:g} | {preset} | "
+                          + ", ".join(f"{rate or 'default'}: {score}" for rate, score in scores.items())
+                          + f" | {time.process_time() - begun:.0f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Zeroth-order probes against plain forward passes: peak memory above the weights, and time.
 
     python benchmarks/zeroth_order.py [--shape opt-1.3b] [--batch 8] [--length 128] [--probes 1] [--probes 4]
+                                      [--dtype bfloat16] [--memory]
 
 A causal model (or a RoBERTa-large-shaped classifier) with random weights, all of them trained. Each row has a process
 of its own. Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds, of
 the probes and of the whole step, against two plain forward passes of the same batch with the same loss for each
-direction. `top`: the last layer's weights alone are trained; the time to compare is that of the frozen layers once and
-of the last one twice for each direction.
+direction, or one where differences are centred (several directions). `top`: the last layer's weights alone are trained;
+the time to compare is that of the frozen layers once and of the last one once or twice for each direction. Weights in
+bfloat16 are probed and not updated, which a run refuses. `--memory`: no times.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     from sotto.zeroth_order.updates import Updates
 
     torch.set_num_threads(args.threads)
+    torch.set_default_dtype(getattr(torch, args.dtype))  # built in that type: never twice in memory
     model, task = build(args.shape)
+    torch.set_default_dtype(torch.float32)
     model.to(args.device)
     kind, _, count = args.child.partition(":")
     last = f".{SHAPES[args.shape]['num_hidden_layers'] - 1}."
@@ -80,9 +84,11 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     else:
         shapes = {name: p.shape for name, p in trainable(model).items()}
         law = Law("orthogonal" if int(count) > 1 else "rademacher")
-        directions = Directions("00" * 16, shapes, int(count), law)
+        directions = Directions("00" * 16, shapes, int(count), law, centred=int(count) > 1)
         sides = args.sides if kind == "sides" else 1
         engine = ZerothOrder(model, forward, directions, Flat(1.0), sides=sides)
+        run = lambda: engine.clipped_sum(batch, None, 0)  # noqa: E731
+    if kind != "plain" and args.dtype == "float32":
         asked = RunSection(expected_batch_size=args.batch, steps=1000, optimizer="sgd", learning_rate=1e-6)
         updates = Updates(engine.parameters, directions, asked, 1000)
         steps = iter(range(1 << 30))
@@ -90,7 +96,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         update = lambda: updates.step({NAME: torch.ones(int(count))}, next(steps))  # noqa: E731
     meter = Meter(args.device)
     found: dict[str, Any] = {"mebibytes": [], "probes": [], "step": []}
-    for _ in range(1 + args.steps):
+    for _ in range(args.steps + (not args.memory)):
         first, second = meter.step(run), meter.step(update)
         found["mebibytes"].append(max(first["mebibytes"], second["mebibytes"]))
         found["probes"].append(first["cpu"])
@@ -119,6 +125,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--memory", action="store_true", help="measure memory alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -127,17 +135,22 @@ def main() -> None:
     counts = args.probes or [1, 4]
     rows = ["plain:0", *(f"probe:{k}" for k in counts)]
     rows += [f"sides:{max(counts)}"] * bool(args.sides) + [f"top:{k}" for k in counts] * args.top
-    print(f"{args.shape}, B={args.batch}, T={args.length}, float32, {args.device}")
-    print("| row | directions | MiB above the weights | ratio | probes, of two passes a direction | step |")
+    print(f"{args.shape}, B={args.batch}, T={args.length}, {args.dtype}, {args.device}")
+    print("| row | directions | MiB above the weights | ratio | probes, of their passes | step |")
     print("|---|--:|--:|--:|--:|--:|")
     base: dict[str, float] = {}
     for name in rows:
-        peak = statistics.median(measured(name, args, True)["mebibytes"][1:])
+        kind, _, count = name.partition(":")
+        peaks = measured(name, args, True)["mebibytes"]
+        peak = statistics.median(peaks[1:] or peaks)
+        base.setdefault("peak", peak)
+        if args.memory:
+            print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | | |", flush=True)
+            continue
         timed = measured(name, args, False)
         probes, step = statistics.median(timed["probes"][1:]), statistics.median(timed["step"][1:])
-        base = base or {"peak": peak, "seconds": probes}
-        kind, _, count = name.partition(":")
-        passes = (2 * int(count) or 1) * base["seconds"]
+        base.setdefault("seconds", probes)
+        passes = (int(count) if int(count) > 1 else 1 + int(count)) * base["seconds"]
         print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | {probes / passes:.2f} ({probes:.1f} s) "
               f"| {step / passes:.2f} |", flush=True)  # fmt: skip
 

@@ -154,11 +154,12 @@ class RunSection(Section):
     spare_steps: Natural | None = None
     """Steps that are paid for in advance, so that a crash (whose lost steps are charged again) does not shorten the
     run. Default: 2 % of the steps, at least one."""
-    learning_rate: Positive = 1e-3
-    """The largest rate of the schedule. Noise asks for larger batches and larger rates than usual training."""
-    optimizer: Literal["adamw", "sgd", "yogi"] = "adamw"
-    """What turns a noised gradient into an update. Post-processing: it costs no privacy. `yogi` is AdamW whose scale
-    falls slowly after a large update, for federated runs."""
+    learning_rate: Positive | None = None
+    """The largest rate of the schedule. Noise asks for larger batches and larger rates than usual training. Default:
+    1e-3; with zeroth_order and sgd, a base for what is trained over `method.clip_norm` (`sotto plan` prints it)."""
+    optimizer: Literal["auto", "adamw", "sgd", "yogi"] = "auto"
+    """What turns a noised gradient into an update. Post-processing: it costs no privacy. `auto` is sgd with
+    zeroth_order, else adamw. `yogi` is AdamW whose scale falls slowly after a large update, for federated runs."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Pulls trained weights towards zero: each step takes away the learning rate times this part of them."""
     momentum: Fraction = 0.0
@@ -306,6 +307,17 @@ class Config(Section):
             return self.run.steps
         assert self.run.epochs is not None
         return max(1, round(self.run.epochs * self.privacy.num_units / self.run.expected_batch_size))
+
+    @property
+    def stepping(self) -> RunSection:
+        """`run`, with what it leaves open of optimizer and learning rate filled in."""
+        run, optimizer = self.run, self.run.optimizer
+        if optimizer == "auto":
+            optimizer = "sgd" if self.method.zeroth_order else "adamw"
+        rate = run.learning_rate
+        if rate is None:
+            rate = self.method.zeroth_rate if self.method.zeroth_order and optimizer == "sgd" else 1e-3
+        return run.model_copy(update={"optimizer": optimizer, "learning_rate": rate})
 
     @property
     def spare_steps(self) -> int:

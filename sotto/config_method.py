@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from sotto.config_types import Count, Fraction, Natural, Positive, Section
 
+ZEROTH_RATES = {"head": 0.5, "bitfit": 0.1, "lora": 0.1, "side": 0.1, "reversible": 0.1, "full": 1e-3}
+"""SGD's rate times the clip norm, for zeroth-order runs that give no rate; see benchmarks/RESULTS.md."""
+
 
 class MethodSection(Section):
     """What is trained, and how the clipped sum of gradients is obtained."""
@@ -58,8 +61,8 @@ class MethodSection(Section):
     """Zeroth order, as published as: `aggzo`, many directions clipped together; `dpzero` and `dpzo`, one direction;
     `dpzopo`, one direction of few weights, in stages."""
     zeroth_probes: Count | None = None
-    """Directions in a step, and numbers that it releases. They cost two forward passes each, and no privacy. Default:
-    16 for `aggzo`, else 1."""
+    """Directions in a step, and numbers that it releases. They cost no privacy; each costs one forward pass with
+    `aggzo`, and two where a step has a single one. Default: 16 for `aggzo`, else 1."""
     zeroth_smoothing: Positive = 1e-3
     """How far the weights are moved along a direction to see how the loss changes. Adapters can take 1e-2."""
     zeroth_directions: Literal["preset", "rademacher", "gaussian", "sphere", "orthogonal"] = "preset"
@@ -93,6 +96,25 @@ class MethodSection(Section):
         if not self.zeroth_order:
             return 0
         return self.zeroth_probes or (16 if self.zeroth_preset == "aggzo" else 1)
+
+    @property
+    def zeroth_centred(self) -> bool:
+        """Whether each direction is probed on one side, and compared with the mean over those of the step."""
+        return self.zeroth_preset == "aggzo" and self.probes > 1
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of an example in a step; 0 where gradients are released."""
+        return self.probes if self.zeroth_centred else 2 * self.probes
+
+    @property
+    def zeroth_rate(self) -> float:
+        """The learning rate of SGD on released numbers, where none is given.
+
+        An update is about `clip_norm` long for each unit, so the rate goes as its inverse. What is left depends on what
+        is trained.
+        """
+        return ZEROTH_RATES[self.train] / self.clip_norm
 
     @property
     def laplace(self) -> bool:

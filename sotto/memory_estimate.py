@@ -109,7 +109,8 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
     if budget is None:
         budget = free_memory()
     trained = trainable_parameters(facts, config)
-    copies = (2 if config.run.optimizer == "adamw" else int(config.run.momentum > 0)) + int(config.run.ema_decay > 0)
+    run = config.stepping
+    copies = (2 if run.optimizer == "adamw" else int(run.momentum > 0)) + int(run.ema_decay > 0)
     per_example = activations(facts, config)
     weights = _weights(facts, config)
     fixed = weights + 4 * trained * (copies + 3)

@@ -16,7 +16,12 @@ from sotto.errors import SottoError
 
 
 def learning_rate(run: RunSection, step: int, steps: int) -> float:
-    """The learning rate of a step under `run.schedule`, after a linear warm-up."""
+    """The learning rate of a step under `run.schedule`, after a linear warm-up.
+
+    Args:
+      run: as `Config.stepping` gives it.
+    """
+    assert run.learning_rate is not None
     warmup = math.ceil(run.warmup_ratio * steps)
     if step < warmup:
         return run.learning_rate * (step + 1) / warmup
@@ -53,6 +58,12 @@ class Optimizer:
     """AdamW, Yogi or SGD on the trainable parameters, with an optional moving average of the weights."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], run: RunSection, steps: int):
+        """Sets up the optimizer.
+
+        Args:
+          run: as `Config.stepping` gives it.
+        """
+        assert run.learning_rate is not None
         self.parameters, self.run, self.steps = dict(parameters), run, steps
         values = list(self.parameters.values())
         if run.optimizer in ("adamw", "yogi"):

@@ -341,12 +341,12 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
 def make_optimizer(engine: Engine | ZerothOrder | Cohort, config: Config) -> Optimizer | Updates | Decoding:
     """What turns releases into weights."""
     if isinstance(engine, Engine):
-        return Optimizer(engine.parameters, config.run, config.steps)
+        return Optimizer(engine.parameters, config.stepping, config.steps)
     if isinstance(engine, Cohort) and engine.directions is None:
-        return Decoding(Optimizer(engine.parameters, config.run, config.steps), engine.codec)
+        return Decoding(Optimizer(engine.parameters, config.stepping, config.steps), engine.codec)
     assert engine.directions is not None
     preset = PRESETS[config.method.zeroth_preset]
-    return Updates(engine.parameters, engine.directions, config.run, config.steps, preset)
+    return Updates(engine.parameters, engine.directions, config.stepping, config.steps, preset)
 
 
 def make_mechanism(config: Config, plan: Plan, clipping: Clipping, noise: NoiseSource | None = None) -> Mechanism:

@@ -293,7 +293,7 @@ def private_numbers(s: Session, total: ClippedSum, units: np.ndarray) -> dict[st
 def public_numbers(s: Session, step: int, sensitivity: float) -> dict[str, Any]:
     """What is known of a step without the data, or from noisy releases."""
     return {
-        "learning_rate": learning_rate(s.config.run, step, s.plan.steps),
+        "learning_rate": learning_rate(s.config.stepping, step, s.plan.steps),
         "noise_multiplier": s.plan.noise_multiplier,
         **({"clip_norm": sensitivity} if s.plan.private else {}),
     }

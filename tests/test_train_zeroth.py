@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -234,6 +235,64 @@ def test_the_lowest_scores_are_kept():
     net = Chain()  # scores |a * 2a| = 2, 8, and 0, through which nothing flows
     assert masks(net, dict(net.named_parameters()), 0.34)["a"].tolist() == [True, False, False]
     assert masks(net, dict(net.named_parameters()), 0.67)["a"].tolist() == [True, True, False]
+
+
+# ---- the default
+
+
+@pytest.mark.parametrize("train", ["head", "lora", "bitfit", "full"])
+def test_the_directions_of_a_classifier_add_up_to_zero_over_the_classes(tmp_path: Path, train: str):
+    asked = tiny_runs.config(tmp_path, method={"gradient": "zeroth_order", "train": train})
+    parts = sessions.load_parts(asked, "00" * 16)
+    assert isinstance(parts.engine, ZerothOrder)
+    directions = parts.engine.directions
+    last = [name for name in directions.shapes if "classifier" in name]
+    assert sorted(directions.classes) == sorted(last)
+    assert {directions.shapes[name][0] for name in last} == {3}
+    for name in last:
+        assert float(directions.tensor(name, 1, 3).sum(0).abs().max()) < 1e-6
+    batch = training.batch_of(parts, parts.data.units.members_of(np.arange(4))[0])  # type: ignore[arg-type]
+    names = dict(parts.model.named_parameters())
+    before = parts.engine.prober.forward(batch).detach()
+    with torch.no_grad():
+        for name in last:  # the same for all classes: what no direction does
+            names[name] += torch.randn(names[name].shape[1:])
+    torch.testing.assert_close(parts.engine.prober.forward(batch).detach(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_other_directions_are_left_as_they_are(tmp_path: Path):
+    for kind, method in (("completion", {}), ("classification", {"zeroth_preset": "dpzo"})):
+        asked = tiny_runs.config(tmp_path, kind, method={"gradient": "zeroth_order", **method})
+        engine = sessions.load_parts(asked, "00" * 16).engine
+        assert isinstance(engine, ZerothOrder)
+        assert not engine.directions.classes
+
+
+def test_several_directions_take_one_pass_each_and_a_single_one_takes_two(tmp_path: Path):
+    for method, passes in (
+        ({}, 16),
+        ({"zeroth_probes": 3}, 3),
+        ({"zeroth_probes": 1}, 2),
+        ({"zeroth_preset": "dpzo"}, 2),
+    ):
+        asked = tiny_runs.config(tmp_path, method={"gradient": "zeroth_order", **method})
+        planned = sotto.plan(asked)
+        engine = sessions.load_parts(asked, "00" * 16).engine
+        assert isinstance(engine, ZerothOrder)
+        assert planned.passes == engine.directions.passes == passes
+        forwards = passes * planned.steps * planned.expected_batch_size
+        assert f"about {forwards:,} forward passes" in plan_text.render(planned)
+
+
+def test_the_default_is_sgd_at_a_rate_that_goes_with_the_clip_norm(tmp_path: Path):
+    run: dict[str, Any] = {"learning_rate": ...}
+    asked = tiny_runs.config(tmp_path, method={"gradient": "zeroth_order", "train": "head", "clip_norm": 2.0}, run=run)
+    assert (asked.stepping.optimizer, asked.stepping.learning_rate) == ("sgd", 0.25)
+    assert "sgd, learning rate 0.25 = 0.5 / clip_norm" in plan_text.render(sotto.plan(asked))
+    other = asked.with_overrides(["run.optimizer=adamw"])
+    assert (other.stepping.optimizer, other.stepping.learning_rate) == ("adamw", 1e-3)
+    assert tiny_runs.config(tmp_path, run=run).stepping.optimizer == "adamw"
+    assert asked.with_overrides(["run.learning_rate=0.1"]).stepping.learning_rate == 0.1
 
 
 # ---- what is refused

@@ -86,27 +86,42 @@ def test_streams_are_told_apart():
 # ---- the entries, against their definition
 
 
+def walsh_row(step: int, k: int, count: int, words: int) -> tuple[int, int, int]:
+    """Cycle, row and sign of an orthogonal direction."""
+    group = 2 ** math.ceil(math.log2(count))
+    rows = max(group, 2 ** math.ceil(math.log2(32 * words)))
+    cycle, place = step // (rows // group), step % (rows // group)
+    a, b, *_ = philox(counter.stream_key(KEY, "", "groups"), [0, 0, 0, cycle])
+    flips = philox(counter.stream_key(KEY, "", "flips"), [0, 0, 0, step])
+    flip = flips[k // 32] >> k % 32 & 1
+    return cycle, ((2 * a + 1) * place + b) % (rows // group) * group + k, 1 - 2 * flip
+
+
+FIRST_COLUMN = {"matrix": 0, "scalar": 28 * 32, "vector": 29 * 32}  # by name, each from a whole word on: 34 words
+
+
 def entry(law: str, name: str, step: int, k: int, e: int) -> float:
-    """One entry of a direction, made alone and by the book. `sphere` before it is stretched."""
-    orthogonal, gaussian = law == "orthogonal", law in ("gaussian", "sphere")
+    """One entry of a direction of 50, made alone and by the book. `sphere` before it is stretched."""
+    gaussian = law in ("gaussian", "sphere")
     word = e if gaussian else e // 32
     key = counter.stream_key(KEY, name, "entry")
-    drawn = philox(key, [word // 4 & ONES, word // 4 >> 32, 0 if orthogonal else k, step])[word % 4]
+    cycle, row, sign = walsh_row(step, k, 50, 34) if law == "orthogonal" else (step, 0, 1)
+    drawn = philox(key, [word // 4 & ONES, word // 4 >> 32, 0 if law == "orthogonal" else k, cycle])[word % 4]
     if gaussian:
         table = laws.quantiles()
         return float(table[drawn & 0xFFFF] + table[drawn >> 16]) / 2**20
-    sign = 1 - 2 * (drawn >> e % 32 & 1)
-    return sign * (-1) ** (k & e).bit_count() if orthogonal else sign
+    return sign * (1 - 2 * (drawn >> e % 32 & 1)) * (-1) ** (row & e + FIRST_COLUMN[name]).bit_count()
 
 
 @pytest.mark.parametrize("law", ["rademacher", "gaussian", "orthogonal"])
 def test_entries_by_definition(law):
     made = make(Law(law), count=50)
-    for name in SHAPES:
-        for k in (0, 5, 47):
-            found = made.tensor(name, 9, k).flatten()
-            expected = [entry(law, name, 9, k, e) for e in range(len(found))]
-            assert found.tolist() == expected
+    for step in (9, 33):
+        for name in SHAPES:
+            for k in (0, 5, 47):
+                found = made.tensor(name, step, k).flatten()
+                expected = [entry(law, name, step, k, e) for e in range(len(found))]
+                assert found.tolist() == expected
 
 
 def test_golden_values():
@@ -130,7 +145,7 @@ def test_golden_values():
             -0.26157668232917786,
             -0.10828813910484314,
         ],
-        Law(kind="orthogonal", rank=0): [-1.0, 1.0, 1.0, 1.0],
+        Law(kind="orthogonal", rank=0): [-1.0, -1.0, -1.0, 1.0],
         Law(kind="rademacher", rank=3): [
             -0.5773502588272095,
             -1.7320507764816284,
@@ -179,14 +194,15 @@ def test_slices_and_rows_equal_the_whole(law, monkeypatch):
 
 @pytest.mark.parametrize("law", ALL, ids=str)
 def test_nothing_else_has_an_influence(law):
-    """Not the order, not the other tensors (but for the sphere's length), not torch's or numpy's random state."""
+    """Not the order, not the other tensors (but for the sphere's length and the columns of orthogonal directions), not
+    torch's or numpy's random state."""
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     one, two = make(law), make(law)
     expected = one.tensor("vector", 1, 1)
     two.tensor("matrix", 5, 3)
     torch.manual_seed(torch.initial_seed() + 1)
     assert torch.equal(two.tensor("vector", 1, 1), expected)
-    if law.kind != "sphere":
+    if law.kind not in ("sphere", "orthogonal"):
         assert torch.equal(make(law, shapes={"vector": SHAPES["vector"]}).tensor("vector", 1, 1), expected)
     torch.set_rng_state(states[0])
     make(law).tensor("vector", 1, 1)
@@ -246,6 +262,59 @@ def test_the_directions_of_one_step_are_orthogonal():
     assert not torch.equal(y_Kd @ y_Kd.T, made.size * torch.eye(50, dtype=torch.float64))
 
 
+def gram(made: Directions, steps: int) -> torch.Tensor:
+    """Products of all directions of the first steps with one another, over d."""
+    x_nd = torch.stack([all_of(made, step, k) for step in range(steps) for k in range(made.count)])
+    return x_nd @ x_nd.T / made.size
+
+
+def test_the_directions_of_a_cycle_are_orthogonal_and_see_every_dimension():
+    shapes = {"m": torch.Size((16, 8)), "v": torch.Size((128,))}
+    made = make(Law("orthogonal"), count=16, shapes=shapes)
+    assert torch.equal(gram(made, 16), torch.eye(256, dtype=torch.float64))
+    assert not torch.equal(gram(made, 17), torch.eye(272, dtype=torch.float64))  # a new cycle looks again
+    again = torch.stack([all_of(made, 16 + step, k) for step in range(16) for k in range(16)])
+    assert torch.equal(again @ again.T / 256, torch.eye(256, dtype=torch.float64))
+    assert not torch.equal(again[0], all_of(made, 0, 0))
+
+
+def test_no_dimension_is_lost_with_the_mean_of_a_step():
+    """Centred numbers say nothing along the mean of a step's directions: not along the same weights each time."""
+    shapes = {"v": torch.Size((256,))}
+    made = make(Law("orthogonal"), count=8, shapes=shapes)
+    means = torch.stack([torch.stack([all_of(made, step, k) for k in range(8)]).sum(0) for step in range(32)])
+    assert bool((means.abs().sum(0) > 0).all())
+    assert float(means.square().mean(0).max()) < 2 * 8
+
+
+@pytest.mark.parametrize("kind", directions.LAWS)
+def test_directions_over_classes_add_up_to_zero_and_cover_all_that_does(kind):
+    shapes = {"w": torch.Size((3, 8)), "b": torch.Size((3,)), "other": torch.Size((5,))}
+    made = make(Law(kind), shapes=shapes, classes=("w", "b"))
+    assert made.size == 16 + 2 + 5
+    x_nd = torch.stack([all_of(made, step, 3) for step in range(3000)])
+    zero_sum = torch.eye(3, dtype=torch.float64) - 1 / 3
+    expected = torch.block_diag(
+        torch.kron(zero_sum, torch.eye(8, dtype=torch.float64)), zero_sum, torch.eye(5, dtype=torch.float64)
+    )
+    covariance = x_nd.T @ x_nd / 3000
+    assert float((covariance - expected).abs().max()) < 7 * math.sqrt(8 / 3000)
+    assert float((covariance - torch.eye(32, dtype=torch.float64)).abs().max()) > 0.3
+    w_ncx = x_nd[:, :24].view(-1, 3, 8)
+    assert float(w_ncx.sum(1).abs().max()) < 1e-5
+    for start, stop in ((0, 24), (5, 19), (23, 24)):
+        assert torch.equal(made.slice("w", 1, 2, start, stop), made.tensor("w", 1, 2).flatten()[start:stop])
+    rows_n = torch.tensor([2, 0, 2])
+    assert torch.equal(made.rows("w", 1, 2, rows_n), made.tensor("w", 1, 2)[rows_n])
+    assert made.spec() != make(Law(kind), shapes=shapes).spec()
+
+
+def test_two_classes_keep_orthogonality():
+    shapes = {"w": torch.Size((2, 64))}
+    made = make(Law("orthogonal"), count=16, shapes=shapes, classes=("w",))
+    torch.testing.assert_close(gram(made, 4), torch.eye(64, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
 def test_sizes_that_do_not_fit_cost_little_orthogonality():
     made = make(Law("orthogonal"), count=16)
     x_Kd = torch.stack([all_of(made, 0, k) for k in range(16)])
@@ -286,6 +355,11 @@ def test_a_mask_drops_entries_and_changes_no_other(kind):
         lambda: make(Law(), count=True),
         lambda: make(Law(), count=1.5),  # type: ignore[arg-type]
         lambda: Directions(KEY, {}, 1),
+        lambda: make(Law(), count=1, centred=True),
+        lambda: make(Law(), classes=["scalar"]),
+        lambda: make(Law(), classes=["other"]),
+        lambda: make(Law(), classes=["matrix"], masks={"matrix": torch.ones(37, 24, dtype=torch.bool)}),
+        lambda: make(Law("gaussian", 2), classes=["matrix"]),
         lambda: make(Law(), masks={"matrix": torch.ones(3, dtype=torch.bool)}),
         lambda: make(Law(), masks={"other": torch.ones(3, dtype=torch.bool)}),
         lambda: make(Law(), masks={"vector": torch.ones(131)}),

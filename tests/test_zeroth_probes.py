@@ -44,13 +44,15 @@ def build(kind: str, trained: str = "", dtype: torch.dtype = torch.float64) -> n
     return model
 
 
-def prober(model: nn.Module, kind: str, count: int = 3, law: Law | None = None, **others: Any) -> Prober:
+def prober(
+    model: nn.Module, kind: str, count: int = 3, law: Law | None = None, *, centred: bool = False, **others: Any
+) -> Prober:
     shapes = {name: p.shape for name, p in trainable(model).items()}
 
     def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return losses.forward_losses(model, inputs, task(kind))
 
-    return Prober(model, forward, Directions(KEY, shapes, count, law), **{"smoothing": 1e-3, **others})  # type: ignore[arg-type]
+    return Prober(model, forward, Directions(KEY, shapes, count, law, centred=centred), **{"smoothing": 1e-3, **others})  # type: ignore[arg-type]
 
 
 def by_hand(model: nn.Module, kind: str, p: Prober, step: int) -> torch.Tensor:
@@ -194,6 +196,77 @@ def test_a_sketch_is_as_long_as_the_gradient_on_average():
     length = float(sum(g.square().sum() for g in gradients))
     # The squares have variance 2: 7 standard errors are 7 sqrt(2 / 1000) = 0.32.
     assert float(p.sketch(inputs, 0).square().sum()) == pytest.approx(length, rel=0.32)
+
+
+# ---- centred differences
+
+
+def test_centred_numbers_are_one_sided_losses_less_their_mean():
+    model = build("bert_classifier")
+    p = prober(model, "bert_classifier", 4, centred=True)
+    inputs, losses_Bk = batch("bert_classifier"), []
+    for k in range(4):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, weight in trainable(other).items():
+                weight += p.smoothing * p.directions.tensor(name, 2, k).double()
+            losses_Bk.append(losses.forward_losses(other, inputs, "classification").double())
+    losses_BK = torch.stack(losses_Bk, 1)
+    expected = (losses_BK - losses_BK.mean(1, keepdim=True)) / p.smoothing / 3**0.5
+    assert_close(p.sketch(inputs, 2), expected)
+    assert float(p.sketch(inputs, 2).sum(1).abs().max()) < 1e-6
+    units = torch.tensor([3, 1, 3, 7, 1])
+    together = torch.stack([expected[0] + expected[2], expected[1] + expected[4], expected[3]])
+    assert_close(p.sketch(inputs, 2, units), together)
+    assert_close(prober(model, "bert_classifier", 4, centred=True, sides=4).sketch(inputs, 2), expected)
+
+
+def test_centred_numbers_take_one_pass_for_each_direction():
+    model = build("bert_classifier")
+    for centred, passes in ((True, 4), (False, 8)):
+        p = prober(model, "bert_classifier", 4, centred=centred)
+        calls: list[int] = []
+        forward = p.forward
+        p.forward = lambda inputs, forward=forward, calls=calls: calls.append(1) or forward(inputs)  # type: ignore[func-returns-value]
+        p.sketch(batch("bert_classifier"), 0)
+        assert len(calls) - 1 == passes == p.directions.passes, "and one that stops at the first moved weight"
+
+
+def test_a_centred_sketch_is_as_long_as_the_gradient_on_average():
+    model = build("bert_classifier", "classifier")
+    inputs = {name: x[:1] for name, x in batch("bert_classifier").items()}
+    p = prober(model, "bert_classifier", 4, centred=True, smoothing=1e-5)
+    gradients = torch.autograd.grad(p.forward(inputs)[0], list(p.parameters.values()))
+    length = float(sum(g.square().sum() for g in gradients))
+    squares = torch.stack([p.sketch(inputs, step).square().sum() for step in range(800)])
+    # A chi-squared variable of 3 over 3 has variance 2 / 3: 7 standard errors are 7 sqrt(2 / 3 / 800) = 0.2.
+    assert float(squares.mean()) == pytest.approx(length, rel=0.2)
+    assert float(squares.mean()) * 3 / 4 != pytest.approx(length, rel=0.2), "over sqrt(K) it would be shorter"
+
+
+def test_what_curvature_adds_to_all_directions_alike_is_gone():
+    """A loss with a large curvature and no slope: one-sided numbers would be large, centred ones are near zero."""
+    net = nn.Linear(50, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    names = {name: p.shape for name, p in net.named_parameters()}
+
+    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 1e3 * net.weight.square().sum() + 0 * inputs["x"].sum(1)
+
+    p = Prober(net, forward, Directions(KEY, names, 8, centred=True), reuse_prefix=False)
+    inputs = {"x": torch.zeros(2, 50)}
+    assert float(p.differences(inputs, 0).min()) > 40
+    assert float(p.sketch(inputs, 0).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_centred_loss_that_is_not_finite_stays_in_its_row(value):
+    net = nn.Linear(3, 1)
+    names = {name: p.shape for name, p in net.named_parameters()}
+    bad = torch.tensor([0.0, value, 0.0])
+    p = Prober(net, lambda b: net(b["x"])[:, 0] + bad, Directions(KEY, names, 4, centred=True), reuse_prefix=False)
+    sketch_UK = p.sketch({"x": torch.ones(3, 3)}, 0)
+    assert torch.isfinite(sketch_UK).all(1).tolist() == [True, False, True]
 
 
 # ---- what is left as it was

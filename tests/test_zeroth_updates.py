@@ -36,6 +36,41 @@ def make(kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None
     return Updates(dict(net.named_parameters()), Directions(key, shapes, K, Law("gaussian")), run, STEPS, preset)
 
 
+def test_centred_numbers_lose_their_mean_and_are_worth_one_direction_less():
+    net = model(torch.float64)
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    run = RunSection(expected_batch_size=4, steps=1, learning_rate=1.0, optimizer="sgd", schedule="constant")
+    directions = Directions(KEY, shapes, K, Law("gaussian"), centred=True)
+    before, g_K = weights(net).clone(), numbers()[0]
+    Updates(dict(net.named_parameters()), directions, run, 1).step({NAME: g_K + 7.0}, 0)
+    g_K = (g_K + 7.0).float().double()
+    u_Kd = torch.stack([torch.cat([directions.tensor(n, 0, k).flatten() for n in shapes]) for k in range(K)]).double()
+    expected_d = (g_K - g_K.mean()) @ u_Kd / math.sqrt(K - 1)
+    torch.testing.assert_close(before - weights(net), expected_d, rtol=1e-6, atol=1e-6)
+
+
+def test_centred_numbers_stand_for_the_gradient():
+    """Numbers of a known gradient, over many steps: their updates average to it, and noise on them keeps its size."""
+    net = nn.Linear(4, 2, bias=False).double()
+    directions = Directions(KEY, {"weight": net.weight.shape}, K, Law("rademacher"), centred=True)
+    gradient, steps = torch.arange(8.0).view(2, 4).double() - 3, 3000
+    run = RunSection(expected_batch_size=4, steps=steps, learning_rate=1.0, optimizer="sgd", schedule="constant")
+    updates, noise = Updates(dict(net.named_parameters()), directions, run, steps), torch.Generator().manual_seed(1)
+    moves, noises = [], []
+    for step in range(steps):
+        u_K24 = torch.stack([directions.tensor("weight", step, k).double() for k in range(K)])
+        slopes_K = (u_K24 * gradient).sum((1, 2))
+        before = net.weight.detach().clone()
+        updates.step({NAME: (slopes_K - slopes_K.mean()) / math.sqrt(K - 1)}, step)
+        moves.append(before - net.weight.detach())
+        g_K = torch.randn(K, generator=noise, dtype=torch.float64)
+        noises.append(((g_K - g_K.mean())[:, None, None] * u_K24).sum(0) / math.sqrt(K - 1))
+    mean = torch.stack(moves).mean(0)
+    # A move's entries have a variance below |g|^2 / (K - 1) each.
+    assert float((mean - gradient).abs().max()) < 7 * float(gradient.norm()) / math.sqrt((K - 1) * steps)
+    assert float(torch.stack(noises).square().mean()) == pytest.approx(1, abs=7 * math.sqrt(2 / steps))
+
+
 def numbers() -> torch.Tensor:
     return torch.randn(STEPS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 

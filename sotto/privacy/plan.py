@@ -50,6 +50,8 @@ class Plan:
       not_private: why there is no guarantee, or None.
       layerwise: every layer of a unit's gradient is clipped on its own; the noise covers all of them together.
       probes: how many numbers a step releases with zeroth-order gradients; 0 when it releases gradients.
+      passes: forward passes of an example in a step, with zeroth-order gradients.
+      optimizer, learning_rate: what turns releases into weights; post-processing.
       noise: the law of the noise. Laplace: numbers are clipped in L1 norm, and epsilon holds at delta 0.
       exact_noise: releases are whole multiples of a public grid, with exact noise; else noise is in float64.
       setting: of a federated run, what its section `setting` says; else None.
@@ -76,6 +78,9 @@ class Plan:
     not_private: str | None
     layerwise: bool = False
     probes: int = 0
+    passes: int = 0
+    optimizer: str = ""
+    learning_rate: float = 0.0
     noise: Literal["gaussian", "laplace"] = "gaussian"
     exact_noise: bool = False
     setting: dict[str, Any] | None = None
@@ -151,7 +156,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
       SottoError: the budget cannot be met, or a value is out of range.
     """
-    privacy, run = config.privacy, config.run
+    privacy, run = config.privacy, config.stepping
     sampling_prob = run.expected_batch_size / privacy.num_units
     relation = privacy.neighboring_relation
     noise, planned, rdp, unamplified = 0.0, None, None, None
@@ -195,6 +200,9 @@ def make_plan(config: Config) -> Plan:
         not_private=config.not_private,
         layerwise=config.method.gradient == "layerwise",
         probes=config.method.probes,
+        passes=config.method.passes,
+        optimizer=run.optimizer,
+        learning_rate=run.learning_rate or 0.0,
         noise="laplace" if config.method.laplace else "gaussian",
         exact_noise=config.exact_noise,
         setting=federated_facts(config),

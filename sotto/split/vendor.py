@@ -51,7 +51,7 @@ class Vendor:
         self.top = _trainable_top(config).to(self.device)
         self.step = 0
         trained = {name: p for name, p in self.top.named_parameters() if p.requires_grad}
-        self.optimizer = Optimizer(trained, config.run, config.steps)
+        self.optimizer = Optimizer(trained, config.stepping, config.steps)
 
     def train(
         self,

@@ -9,16 +9,23 @@ The laws, all with mean zero and E[u u^T] = I over the entries that are trained:
 * `rademacher`, `gaussian`: independent entries;
 * `sphere`: a Gaussian direction scaled to length sqrt(d), uniform on the sphere (Zhang et al. 2024, arXiv:2310.09639,
   algorithm 2). Its length is added up in integers, so every shard scales by the same float;
-* `orthogonal`: the K directions of one step are orthogonal to one another: one random sign vector times K rows of a
-  Walsh-Hadamard matrix. Each alone is a `rademacher` direction. Exact where K, rounded up to a power of two, divides
-  the size of every tensor; each tensor that is not so adds at most that number to a product of two directions of
-  length sqrt(d) each.
+* `orthogonal`: one random sign vector times rows of a Walsh-Hadamard matrix of at least d columns, K rows in a step and
+  other rows in the next, until none are left: then comes another sign vector. So steps do not look where others have
+  looked, and as many directions as there are rows see every dimension. Each direction alone is a `rademacher` one.
+  The K of a step are orthogonal to one another exactly where K, rounded up to a power of two, divides the size of
+  every tensor; each tensor that is not so adds at most that number to a product of two directions of length sqrt(d).
+  Those of different steps are orthogonal exactly where d is a power of two, and nearly elsewhere.
 
 `rank` > 0 replaces the direction of every matrix by U V^T / sqrt(rank), U and V with independent entries (as LOZO, Chen
 et al. 2024, arXiv:2410.07698); the covariance of the matrix' entries is still the identity. A mask keeps the named
 entries and drops all others, as sparse zeroth-order methods do; it must not depend on private data.
 
-Shape legend: e flat elements of a tensor, n rows, m and c rows and columns of a matrix, r rank, K directions of a step.
+The first axis of a tensor in `classes` runs over classes whose scores go into a softmax. A number that is added to all
+scores changes no loss, so every gradient adds up to zero over the classes, and so do the directions: none is spent on
+what cannot matter, which for two classes is half of all dimensions.
+
+Shape legend: e flat elements of a tensor, n rows, m and c rows and columns of a matrix, r rank, K directions of a step,
+C classes, x all other axes.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +41,7 @@ import numpy as np
 import torch
 
 from sotto.errors import SottoError, did_you_mean
-from sotto.zeroth_order import counter, laws
+from sotto.zeroth_order import counter, laws, walsh
 
 LAWS = ("rademacher", "gaussian", "sphere", "orthogonal")
 CHUNK = 1 << 18
@@ -90,7 +97,10 @@ class Directions:
       shapes: tensor name -> shape, of everything that is perturbed.
       count: K, the number of directions in a step.
       masks: tensor name -> bool tensor of its shape, or absent where all entries are perturbed.
-      size: d, the number of entries that are perturbed.
+      classes: names of tensors whose directions add up to zero over the first axis.
+      centred: whether the loss is taken on one side of each direction, and compared with the mean over the K of them
+        (`probes`); else on both sides.
+      size: d, the number of dimensions in which the weights are moved.
     """
 
     def __init__(
@@ -100,22 +110,42 @@ class Directions:
         count: int,
         law: Law | None = None,
         masks: Mapping[str, torch.Tensor] | None = None,
+        classes: Collection[str] = (),
+        centred: bool = False,
     ):
         """Sets up the directions; draws nothing.
 
         Raises:
-          SottoError: SOT650, K is not a whole number of at least 1, nothing is to be perturbed, or a mask does not fit.
+          SottoError: SOT650, K is not a whole number of at least 1 (of at least 2 where `centred`), nothing is to be
+            perturbed, or a mask or a name in `classes` does not fit.
         """
         if not _is_count(count, 1):
             raise bad_argument("probes", count, "a step learns from at least one direction", "give a whole number >= 1")
         self.key, self.shapes, self.count, self.law = key, dict(shapes), count, law or Law()
-        self.masks = dict(masks or {})
+        self.masks, self.classes, self.centred = dict(masks or {}), frozenset(classes), centred
+        if centred and count < 2:
+            why = "a loss is compared with the mean over the directions, and the mean of one is itself"
+            raise bad_argument("probes", count, why, "give at least 2, or centred=False")
         self._check_masks()
-        self.size = sum(int(self.masks[n].sum()) if n in self.masks else math.prod(s) for n, s in shapes.items())
+        self._check_classes()
+        self.size = sum(int(self.masks[n].sum()) if n in self.masks else self._drawn(n) for n in self.shapes)
         if self.size == 0:
             raise bad_argument("shapes", {}, "there is nothing to perturb", "make some parameters trainable")
         self._keys: dict[tuple[str, str], int] = {}
         self._lengths: dict[tuple[int, int], float] = {}
+        self._rows = walsh.Rows(key, {n: self._drawn(n) for n in self.shapes}, count)
+
+    def _drawn(self, name: str) -> int:
+        """Entries that are drawn for a tensor: those of one class follow from those of the others."""
+        size = math.prod(self.shapes[name])
+        return size - size // self.shapes[name][0] if name in self.classes else size
+
+    def _check_classes(self) -> None:
+        for name in self.classes:
+            shape = self.shapes.get(name, torch.Size())
+            if len(shape) == 0 or shape[0] < 2 or name in self.masks or self.is_low_rank(name):
+                why = "directions that add up to zero over classes need an axis of two classes or more, and all entries"
+                raise bad_argument("classes", name, why, "name tensors of that shape, with no mask and rank 0")
 
     def _check_masks(self) -> None:
         for name, mask in self.masks.items():
@@ -128,6 +158,16 @@ class Directions:
                 why = "a matrix of low rank with entries taken out has no low rank"
                 raise bad_argument(f"mask of {name}", tuple(mask.shape), why, "use rank 0 with a mask")
 
+    @property
+    def independent(self) -> int:
+        """How many things the K numbers of a step say: centred ones add up to zero."""
+        return self.count - self.centred
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of an example in a step."""
+        return self.count if self.centred else 2 * self.count
+
     def is_low_rank(self, name: str) -> bool:
         return self.law.rank > 0 and len(self.shapes[name]) == 2
 
@@ -139,6 +179,8 @@ class Directions:
         """Elements `start` to `stop` of the flat direction: (stop - start,) float32."""
         if self.is_low_rank(name):
             return self._low_rank_rows(name, step, k, start, stop, device)
+        if name in self.classes:
+            return self._over_classes(name, step, k, device).flatten()[start:stop]
         part = self._entries(name, "entry", step, k, start, stop, device)
         return self._finish(part, name, step, k, slice(start, stop))
 
@@ -153,15 +195,18 @@ class Directions:
         if self.is_low_rank(name):
             u_mr, v_cr = self.factors(name, step, k, rows_n.device)
             return _product(u_mr[rows_n], v_cr)
+        if name in self.classes:
+            return self._over_classes(name, step, k, rows_n.device)[rows_n]
         law, per_block = self.law.entries, counter.BLOCK * laws.ENTRIES[self.law.entries]
         first_n = rows_n * columns
         length = (columns + per_block - 2) // per_block + 1
         block_nb = (first_n // per_block)[:, None] + torch.arange(length, device=rows_n.device)
-        index = 0 if self.law.kind == "orthogonal" else k
-        words = counter.blocks(self._key(name, "entry"), step, index, block_nb)
-        if self.law.kind == "orthogonal":
+        orthogonal = self.law.kind == "orthogonal"
+        draw, index = (self._rows.cycle(step), 0) if orthogonal else (step, k)
+        words = counter.blocks(self._key(name, "entry"), draw, index, block_nb)
+        if orthogonal:
             word_numbers = block_nb[..., None] * counter.BLOCK + torch.arange(counter.BLOCK, device=rows_n.device)
-            words = words ^ _walsh_on_device(k, word_numbers)
+            words = words ^ self._rows.signs_on_device(name, step, k, word_numbers)
         wide = laws.floats_on_device(law, words.flatten(1))
         columns_nc = (first_n % per_block)[:, None] + torch.arange(columns, device=rows_n.device)
         part = wide.gather(1, columns_nc)
@@ -202,18 +247,18 @@ class Directions:
         law, orthogonal = self.law.entries, self.law.kind == "orthogonal"
         per_word = laws.ENTRIES[law]
         first, last = start // per_word, -(-stop // per_word)
-        key, index = self._key(name, role), 0 if orthogonal else k
+        key, draw, index = self._key(name, role), *((self._rows.cycle(step), 0) if orthogonal else (step, k))
         if device.type == "cpu":
-            words_w = counter.words(key, step, index, first, last)
+            words_w = counter.words(key, draw, index, first, last)
             if orthogonal:
-                words_w ^= _walsh(k, np.arange(first, last, dtype=np.int64))
+                words_w ^= self._rows.signs(name, step, k, first, last)
             entries = torch.from_numpy(laws.floats(law, words_w))  # pyright: ignore[reportUnknownMemberType]
         else:
             low = first // counter.BLOCK
             block_n = torch.arange(low, -(-last // counter.BLOCK), device=device)
-            words = counter.blocks(key, step, index, block_n).flatten()[first - low * counter.BLOCK :][: last - first]
+            words = counter.blocks(key, draw, index, block_n).flatten()[first - low * counter.BLOCK :][: last - first]
             if orthogonal:
-                words = words ^ _walsh_on_device(k, torch.arange(first, last, device=device))
+                words = words ^ self._rows.signs_on_device(name, step, k, torch.arange(first, last, device=device))
             entries = laws.floats_on_device(law, words)
         return entries[start - first * per_word :][: stop - start]
 
@@ -225,6 +270,19 @@ class Directions:
         if self.law.kind == "sphere":
             part *= self.stretch(step, k)
         return part
+
+    def _over_classes(self, name: str, step: int, k: int, device: torch.device | None) -> torch.Tensor:
+        """A whole tensor from entries for one class less: their combination with Helmert's contrasts, an orthonormal
+        basis of what adds up to zero. Added up from the last class to the first, in one order on every device."""
+        shape = self.shapes[name]
+        drawn = self._entries(name, "entry", step, k, 0, self._drawn(name), device).view(shape[0] - 1, *shape[1:])
+        out_Cx, later_x = torch.empty(shape, device=drawn.device), torch.zeros(shape[1:], device=drawn.device)
+        for i in range(shape[0] - 1, 0, -1):
+            part = drawn[i - 1].mul(1 / math.sqrt(i * (i + 1)))
+            out_Cx[i] = later_x.sub(part.mul(float(i)))
+            later_x = later_x.add(part)
+        out_Cx[0] = later_x
+        return out_Cx.mul_(self.stretch(step, k)) if self.law.kind == "sphere" else out_Cx
 
     def _low_rank_rows(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device | None
@@ -245,7 +303,7 @@ class Directions:
 
     def _squares(self, name: str, step: int, k: int) -> int:
         """Sum of squares of a tensor's entries in units of SCALE^2, in integers of any size."""
-        total, size, mask = 0, math.prod(self.shapes[name]), self.masks.get(name)
+        total, size, mask = 0, self._drawn(name), self.masks.get(name)
         for start in range(0, size, CHUNK):
             stop = min(start + CHUNK, size)
             part = self._chunk(name, "entry", step, k, start, stop, torch.device("cpu"))
@@ -265,6 +323,9 @@ class Directions:
             "probes": self.count,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "masks": {name: _mask_hash(mask) for name, mask in self.masks.items()},
+            "classes": sorted(self.classes),
+            "centred": self.centred,
+            "rows": self._rows.count if self.law.kind == "orthogonal" else 0,
         }
 
 
@@ -274,23 +335,6 @@ def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:
     for j in range(u_nr.shape[1]):
         out += u_nr[:, j, None] * v_cr[:, j]
     return out
-
-
-def _walsh(k: int, word_w: np.ndarray[Any, np.dtype[np.int64]]) -> counter.Words:
-    """Sign bits of row k of a Walsh matrix for whole words: bit b of word w is the parity of k AND (32 w + b)."""
-    parity = np.bitwise_count(word_w & (k >> 5)) & 1
-    return (np.uint32(_walsh_word(k)) ^ (parity.astype(np.uint32) * np.uint32(0xFFFFFFFF))).astype(np.uint32)
-
-
-def _walsh_on_device(k: int, word_w: torch.Tensor) -> torch.Tensor:
-    parity, rest = torch.zeros_like(word_w), word_w & (k >> 5)
-    for bit in range(max(1, (k >> 5).bit_length())):
-        parity = parity ^ ((rest >> bit) & 1)
-    return parity * 0xFFFFFFFF ^ _walsh_word(k)
-
-
-def _walsh_word(k: int) -> int:
-    return sum((((k & 31) & b).bit_count() & 1) << b for b in range(32))
 
 
 def _mask_hash(mask: torch.Tensor) -> str:

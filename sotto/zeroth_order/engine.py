@@ -10,16 +10,18 @@ public; what they are does not enter the guarantee (Zhang et al. 2024, arXiv:231
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from sotto.config import MethodSection
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Clipping
+from sotto.models import support
 from sotto.zeroth_order import presets
 from sotto.zeroth_order.directions import Directions, Law
 from sotto.zeroth_order.perturb import Batch
@@ -122,4 +124,16 @@ def directions(model: nn.Module, method: MethodSection, key: str) -> Directions:
     parameters, preset = trainable(model), presets.PRESETS[method.zeroth_preset]
     kept = masks(model, parameters, preset.keep) if preset.keep < 1 else None
     law = Law(presets.law(method), method.zeroth_rank)
-    return Directions(key, {n: p.shape for n, p in parameters.items()}, method.probes, law, kept)
+    shapes = {n: p.shape for n, p in parameters.items()}
+    classes = scoring_weights(model, parameters) if preset.over_classes and law.rank == 0 else []
+    return Directions(key, shapes, method.probes, law, kept, classes, method.zeroth_centred)
+
+
+def scoring_weights(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the trained weights whose first axis runs over the classes: those of a classifier's last layer."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not support.is_classifier(inner) or inner.config.num_labels < 2:
+        return []
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in parameters]
+    last = [name for name in (f"{linear[-1]}.weight", f"{linear[-1]}.bias") if name in parameters] if linear else []
+    return [name for name in last if parameters[name].shape[0] == inner.config.num_labels]

@@ -1,7 +1,10 @@
 """What `method.zeroth_preset` stands for, each with its paper. Nothing here needs torch.
 
 * `aggzo` (Bao et al. 2025, DP-AggZO, USENIX Security): K directions in a step, and the K numbers of a unit clipped
-  together, so that K costs no privacy. With orthogonal sign directions in the place of independent Gaussian ones.
+  together, so that K costs no privacy. In the place of independent Gaussian directions, each probed on both sides, it
+  has sign directions that are orthogonal within a step and across steps, one pass for each of them (`probes`, centred
+  differences), and none that adds the same to the scores of all classes. Each was kept because it measured better at
+  the same number of passes (benchmarks/RESULTS.md).
 * `dpzero` (Zhang et al. 2024, DPZero, arXiv:2310.09639, algorithm 2): one direction from the sphere, and neighbouring
   datasets that differ by one replaced record, as published.
 * `dpzo` (Tang et al. 2025, DP-ZO, arXiv:2401.04343): one Gaussian direction; with Gaussian noise, or with Laplace noise
@@ -25,20 +28,22 @@ class Preset:
     """What a configuration leaves open.
 
     Attributes:
-      law: the law of their entries, of `directions.LAWS`.
+      law: of the directions' entries, one of `directions.LAWS`.
       keep: the part of the weights that is perturbed; 1 for all.
       stages: 1, or the number of stages.
       proximal: weight of the pull towards where the stage began.
+      over_classes: whether the directions of a classifier's last layer add up to zero over the classes.
     """
 
     law: str
     keep: float = 1.0
     stages: int = 1
     proximal: float = 0.0
+    over_classes: bool = False
 
 
 PRESETS = {
-    "aggzo": Preset("orthogonal"),
+    "aggzo": Preset("orthogonal", over_classes=True),
     "dpzero": Preset("sphere"),
     "dpzo": Preset("gaussian"),
     "dpzopo": Preset("gaussian", keep=0.01, stages=3, proximal=5e-4),

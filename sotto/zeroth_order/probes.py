@@ -7,6 +7,15 @@ an example divided by sqrt(K) are a random sketch of its gradient, whose expecte
 for every K: so a clip norm means here what it means for gradients. (Bao et al. 2025 divide by K instead; their
 threshold is the one used here over sqrt(K).)
 
+With `directions.centred` it is one pass for each direction, half as many:
+
+    d_ik = (f_i(theta + lambda u_k) - mean_j f_i(theta + lambda u_j)) / lambda
+
+One-sided differences of a batch of directions are those of FZOO (Dang et al. 2025, arXiv:2506.09034). The mean in the
+place of the loss at theta costs no pass of its own, and takes away what the curvature adds to all K alike. K numbers
+that add up to zero say K - 1 things, so the sketch is over sqrt(K - 1). Each example is compared with itself alone, and
+before clipping: sensitivity is as it was.
+
 Memory: one forward pass, one moved weight matrix, and B K numbers, whatever K is. Only these numbers have to be
 exchanged when the directions are shared out among processes (`probes`).
 
@@ -64,7 +73,7 @@ class Prober:
           forward: batch -> (B,) losses, one for each row, in float32 or better.
           directions: for exactly the trainable parameters of the model.
           smoothing: lambda, how far the weights are moved to either side; > 0.
-          sides: 1, or an even number: so many sides in one forward pass (`sides.Sides`).
+          sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`).
           reuse_prefix: compute what lies below the first trainable weight once per batch.
 
         Raises:
@@ -91,14 +100,15 @@ class Prober:
         Args:
           batch: tensors with B rows each.
           step: which directions.
-          probes: which of the K directions; default all. The result has one column for each.
+          probes: which of the K directions; default all. The result has one column for each. Of centred differences
+            this is the half that needs a model, f_i(theta + lambda u_k) / lambda: `sketch` takes the mean away.
 
         Raises:
           SottoError: SOT651 to SOT654, the model or the loss cannot be probed.
         """
         chosen = range(self.directions.count) if probes is None else probes
-        smoothing = self.smoothing
-        points = [Side(k, sign * smoothing) for k in chosen for sign in (1.0, -1.0)]
+        smoothing, signs = self.smoothing, (1.0,) if self.directions.centred else (1.0, -1.0)
+        points = [Side(k, sign * smoothing) for k in chosen for sign in signs]
         rows = _rows(batch)
         with torch.no_grad():
             prefix = capture(self.model, self.parameters, self.forward, batch) if self.reuse_prefix else None
@@ -109,19 +119,23 @@ class Prober:
             ]
         if not losses_sB:
             return torch.zeros(rows, 0, dtype=torch.float64)
+        if self.directions.centred:
+            return torch.stack(losses_sB, 1) / smoothing
         losses_BK2 = torch.stack(losses_sB, 1).view(rows, -1, 2)
         return (losses_BK2[..., 0] - losses_BK2[..., 1]) / (2 * smoothing)
 
     def sketch(self, batch: Batch, step: int, units: torch.Tensor | None = None) -> torch.Tensor:
-        """(U, K) sketch of each unit's summed gradient: its examples' differences added up, over sqrt(K).
+        """(U, K) sketch of each unit's summed gradient: its examples' differences added up, over sqrt(K) (or K - 1).
 
         Args:
           units: (B,) integer that says to whom each row belongs; default: every row is a unit of its own. All rows of a
             unit must be in this batch.
         """
         d_BK = self.differences(batch, step)
+        if self.directions.centred:
+            d_BK = d_BK - d_BK.mean(1, keepdim=True)
         rows = Rows.build(len(d_BK), units, d_BK.device)
-        return rows.add_up(d_BK) / math.sqrt(self.directions.count)
+        return rows.add_up(d_BK) / math.sqrt(self.directions.independent)
 
     def _losses(
         self, batch: Batch, rows: int, step: int, sides: Sequence[Side], prefix: Prefix | None

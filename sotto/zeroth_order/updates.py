@@ -2,8 +2,10 @@
 
 A step's release is K numbers g. The gradient that they stand for is sum_k g_k u_k / sqrt(K): for numbers that were not
 clipped its mean over directions is the gradient of the smoothed loss, and noise of deviation s on each number becomes
-noise of deviation s on each weight, whatever K is. SGD, momentum and AdamW on it are post-processing, and so are stages
-(`presets`, DP-ZOPO): each halves the rate, and pulls the weights towards where it began.
+noise of deviation s on each weight, whatever K is. Centred numbers (`probes`) added up to zero before there was noise
+on them: their mean is noise alone and is taken away, and the rest is over sqrt(K - 1). SGD, momentum and AdamW on it
+are post-processing, and so are stages (`presets`, DP-ZOPO): each halves the rate, and pulls the weights towards where
+it began.
 
 The start, the key of the directions and the log of all g determine the weights: a checkpoint is the log, 4 K bytes a
 step. Replaying it gives the same bits on every device and under every sharding: sums over k have one order, and every
@@ -95,9 +97,11 @@ class Updates:
                 average.add_(self.parameters[name].sub(average).mul_(1 - decay))
 
     def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
-        """(e,) elements of sum_k g_k u_k / sqrt(K)."""
-        total = None
-        for k, g in enumerate(g_K.double().div(math.sqrt(self.directions.count)).tolist()):
+        """(e,) elements of sum_k g_k u_k / sqrt(K), or / sqrt(K - 1)."""
+        total, numbers = None, g_K.double().tolist()
+        mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
+        for k, number in enumerate(numbers):
+            g = (number - mean) / math.sqrt(self.directions.independent)
             part = self.directions.slice(name, step, k, at.start, at.stop, like.device).to(like.dtype).mul_(g)
             total = part if total is None else total.add_(part)
         assert total is not None

@@ -1,0 +1,96 @@
+"""Which rows of a Walsh-Hadamard matrix the directions of a step are, so that a run does not look twice the same way.
+
+The matrix has a column for every entry that is drawn, tensor after tensor, and a power of two of rows. Row r has at
+column e the sign (-1)^(number of ones in r AND e); two rows are orthogonal. Steps take groups of K rows, in an order
+that the run's key gives, until no group is left. That is one cycle; the next has other random signs on the columns
+(`directions`) and another order of groups. Within a group each row has a random sign of its own: without them the mean
+of a group's rows would be zero but on one column in K, and what is told apart from that mean (`probes`) would never
+move those.
+
+Everything is integer arithmetic on words of 32 signs, a set bit for -1, and a function of (key, step, k, column).
+
+Shape legend: w words of a tensor, K directions of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from sotto.zeroth_order import counter
+
+_ALL = 0xFFFFFFFF
+
+
+class Rows:
+    """The rows of a run.
+
+    Attributes:
+      count: how many rows the matrix has.
+    """
+
+    def __init__(self, key: str, sizes: Mapping[str, int], probes: int):
+        """Lays the tensors out; draws nothing.
+
+        Args:
+          key: of the run.
+          sizes: tensor name -> entries that are drawn for it.
+          probes: K.
+        """
+        self._first_word: dict[str, int] = {}
+        words = 0
+        for name in sorted(sizes):
+            self._first_word[name] = words
+            words += -(-sizes[name] // 32)
+        self._group = 1 << (probes - 1).bit_length()
+        self.count = max(self._group, 1 << (32 * words - 1).bit_length())
+        self._groups, self._probes, self._key = self.count // self._group, probes, key
+        self._steps: dict[int, tuple[int, int]] = {}
+
+    def cycle(self, step: int) -> int:
+        return step // self._groups
+
+    def row(self, step: int, k: int) -> int:
+        """The number of a direction's row."""
+        return self._step(step)[0] * self._group + k
+
+    def is_flipped(self, step: int, k: int) -> bool:
+        """Whether a direction is its row times -1."""
+        return bool(self._step(step)[1] >> k & 1)
+
+    def _step(self, step: int) -> tuple[int, int]:
+        """The number of a step's group, and a bit for each of its rows."""
+        if step not in self._steps:
+            self._steps.clear()
+            cycle, place = divmod(step, self._groups)
+            a, b = counter.words(counter.stream_key(self._key, "", "groups"), cycle, 0, 0, 2).tolist()
+            # An odd factor, so that every group comes once.
+            group = ((2 * a + 1) * place + b) % self._groups
+            drawn = counter.words(counter.stream_key(self._key, "", "flips"), step, 0, 0, -(-self._probes // 32))
+            flips = sum(word << 32 * i for i, word in enumerate(drawn.tolist()))
+            self._steps[step] = group, flips
+        return self._steps[step]
+
+    def signs(self, name: str, step: int, k: int, first: int, last: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """(w,) words `first` to `last` of a direction's signs on a tensor."""
+        word_w = np.arange(first, last, dtype=np.int64) + self._first_word[name]
+        parity_w = np.bitwise_count(word_w & (self.row(step, k) >> 5)) & 1
+        return (np.uint32(self._low(step, k)) ^ (parity_w.astype(np.uint32) * np.uint32(_ALL))).astype(np.uint32)
+
+    def signs_on_device(self, name: str, step: int, k: int, word_w: torch.Tensor) -> torch.Tensor:
+        """The same for any words of a tensor, on any device: (..., w) int64 -> (..., w) int64 words in [0, 2^32)."""
+        high = self.row(step, k) >> 5
+        parity, rest = torch.zeros_like(word_w), (word_w + self._first_word[name]) & high
+        for bit in range(max(1, high.bit_length())):
+            parity = parity ^ ((rest >> bit) & 1)
+        return parity * _ALL ^ self._low(step, k)
+
+    def _low(self, step: int, k: int) -> int:
+        """The signs on 32 columns whose number is a multiple of 32 and agrees with the row nowhere above its lowest
+        five bits."""
+        low = self.row(step, k) & 31
+        word = sum(((low & b).bit_count() & 1) << b for b in range(32))
+        return word ^ _ALL if self.is_flipped(step, k) else word
