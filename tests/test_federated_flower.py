@@ -154,6 +154,11 @@ METHODS = {
     },
     "sites with masks": {"setting": {**SETTING, "sites": 2, "noise": "clients", "dropouts": 0.0, "masks": True}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
+    "spry": {
+        "method": {"train": "lora", "gradient": "zeroth_order", "zeroth_probes": 2, "zeroth_smoothing": 0},
+        "setting": {**SETTING, "parts": 3},
+    },
+    "rows": {"setting": {**SETTING, "embedding_rows": 12}, "method": {"train": "lora"}},
 }
 
 

@@ -42,6 +42,11 @@ METHODS = {
     "adaptive": {"method": {"train": "full", "clipping": "adaptive"}},
     "yogi": {"run": {"optimizer": "yogi"}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
+    "spry": {
+        "method": {"train": "lora", "gradient": "zeroth_order", "zeroth_probes": 2, "zeroth_smoothing": 0},
+        "setting": {"parts": 3},
+    },
+    "rows": {"setting": {"embedding_rows": 12}, "method": {"train": "lora"}},
 }
 
 
@@ -69,7 +74,9 @@ def test_ffa_lora_trains_the_upper_factors_alone(tmp_path: Path):
     assert not [name for name in names if "lora_A" in name]
 
 
-@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order", "masks"])
+@pytest.mark.parametrize(
+    "name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order", "spry", "rows", "masks"]
+)
 def test_a_run_that_was_stopped_ends_at_the_same_weights(name: str, tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -90,6 +90,8 @@ class Directions:
       shapes: tensor name -> shape, of everything that is perturbed.
       count: K, the number of directions in a step.
       masks: tensor name -> bool tensor of its shape, or absent where all entries are perturbed.
+      parts: into how many parts the tensors are split (`parts`); a probe looks at one part alone.
+      part: tensor name -> the number of its part.
       size: d, the number of entries that are perturbed.
     """
 
@@ -100,11 +102,13 @@ class Directions:
         count: int,
         law: Law | None = None,
         masks: Mapping[str, torch.Tensor] | None = None,
+        parts: int = 1,
     ):
         """Sets up the directions; draws nothing.
 
         Raises:
-          SottoError: SOT650, K is not a whole number of at least 1, nothing is to be perturbed, or a mask does not fit.
+          SottoError: SOT650, K is not a whole number of at least 1, nothing is to be perturbed, a mask does not fit, or
+            there are more parts than tensors.
         """
         if not _is_count(count, 1):
             raise bad_argument("probes", count, "a step learns from at least one direction", "give a whole number >= 1")
@@ -114,6 +118,7 @@ class Directions:
         self.size = sum(int(self.masks[n].sum()) if n in self.masks else math.prod(s) for n, s in shapes.items())
         if self.size == 0:
             raise bad_argument("shapes", {}, "there is nothing to perturb", "make some parameters trainable")
+        self.parts, self.part = parts, split_in_order({n: math.prod(s) for n, s in self.shapes.items()}, parts)
         self._keys: dict[tuple[str, str], int] = {}
         self._lengths: dict[tuple[int, int], float] = {}
 
@@ -131,7 +136,33 @@ class Directions:
     def is_low_rank(self, name: str) -> bool:
         return self.law.rank > 0 and len(self.shapes[name]) == 2
 
-    # ---- parts of a direction
+    @property
+    def width(self) -> int:
+        """How many numbers a step releases: K for each part."""
+        return self.parts * self.count
+
+    @property
+    def root(self) -> float:
+        """What a unit's derivatives are divided by, and its numbers again in an update: sqrt(K / parts).
+
+        Over sqrt(K) the numbers of a unit are as long as its gradient, on average. A unit that looks within one part,
+        each being as likely, sees that part of the gradient alone; times the root of the number of parts its numbers
+        are as long on average, over the choice of the part, and updates are right on average.
+        """
+        return math.sqrt(self.count / self.parts)
+
+    def part_for(self, step: int, unit: int) -> int:
+        """The part that a unit looks at in a step: a function of public things, and not of who else takes part.
+
+        Parts that were dealt out among those who were drawn would change for all of them with each one more, and so
+        would the sum, by far more than the bound of one unit.
+        """
+        if self.parts == 1:
+            return 0
+        seed = hashlib.sha256(f"part/{self.key}/{step}/{unit}".encode()).digest()
+        return int.from_bytes(seed, "little") % self.parts
+
+    # ---- pieces of a direction
 
     def slice(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device | None = None
@@ -258,7 +289,7 @@ class Directions:
 
     def spec(self) -> dict[str, Any]:
         """All that is needed to make the same directions again, for JSON. Masks are named by their hash."""
-        return {
+        spec = {
             "key": self.key,
             "law": self.law.kind,
             "rank": self.law.rank,
@@ -266,6 +297,36 @@ class Directions:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "masks": {name: _mask_hash(mask) for name, mask in self.masks.items()},
         }
+        return spec if self.parts == 1 else {**spec, "parts": self.parts}
+
+
+def split_in_order(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
+    """Name -> number of its part: tensors that follow one another, so that the largest part is as small as can be.
+
+    Raises:
+      SottoError: SOT650, there are more parts than tensors.
+    """
+    if not 1 <= parts <= len(sizes):
+        why = "each part has at least one of the trained tensors"
+        raise bad_argument("parts", parts, why, f"give a whole number from 1 to {len(sizes)}")
+    low, high = max(sizes.values()), sum(sizes.values())
+    while low < high:  # the least size of the largest part
+        middle = (low + high) // 2
+        low, high = (low, middle) if _runs(sizes, middle) <= parts else (middle + 1, high)
+    found, part, filled = dict[str, int](), 0, 0
+    for place, (name, size) in enumerate(sizes.items()):
+        if place and (filled + size > low or len(sizes) - place < parts - part):
+            part, filled = part + 1, 0
+        found[name], filled = part, filled + size
+    return found
+
+
+def _runs(sizes: Mapping[str, int], most: int) -> int:
+    """How many runs of tensors there are, each of at most so many entries."""
+    runs, filled = 1, 0
+    for size in sizes.values():
+        runs, filled = (runs, filled + size) if filled + size <= most else (runs + 1, size)
+    return runs
 
 
 def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:
