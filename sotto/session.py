@@ -322,6 +322,7 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
         device=parts.device,
         microbatch_size=parts.microbatch_size,
         checkpoint_every=config.run.checkpoint_every or _checkpoint_every(parts.engine, plan.steps),
+        notes=federation.notes_of(parts.engine) if isinstance(parts.engine, Cohort) else [],
     )
 
 

@@ -132,7 +132,7 @@ class Probing:
         self._device = next(iter(engine.parameters.values())).device
 
     def __call__(self, order: Order, examples: np.ndarray, number: int) -> torch.Tensor:
-        """(parts * K,) what `zeroth_order` gives for this user, clipped."""
+        """(parts * K,) what `zeroth_order` gives for this user, not clipped yet."""
         with torch.no_grad():
             for name, parameter in self.engine.parameters.items():
                 parameter.copy_(order.weights[name])

@@ -39,6 +39,7 @@ from sotto.federated.shares import Shares
 from sotto.federated.site import Site, site_for
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
+from sotto.privacy.adversaries import most_draws
 from sotto.session import choose_device
 
 TELEMETRY = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -126,8 +127,13 @@ class Device:
             raise policy.refuse(f"the bound is {order.clip_norm:g}", "order.clip_norm", "keep to the agreed bound")
         source = self._site(agreement) if setting_of(self.config).sites else self._client(message, agreement)
 
+        self.attendance.admit(order.run, agreement, self.policy)
+        most = self.policy.max_rounds
+        if not setting_of(self.config).sites:  # which are asked in every round
+            most = min(most, most_draws(agreement.steps, agreement.sampling_prob))
+
         def answer(user: int) -> torch.Tensor:
-            self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
+            self.attendance.enter(order.run, user, order.step, most)
             return source(order, user)
 
         mine, shares = [user for user in users if self.has(user)], self.shares(agreement)

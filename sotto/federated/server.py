@@ -31,7 +31,7 @@ from sotto.federated.public_text import read_public
 from sotto.federated.shares import Shares
 from sotto.federated.site import Sites
 from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
-from sotto.gradients.clipping import Clipping
+from sotto.gradients.clipping import Clipping, Unclipped
 from sotto.optim import Optimizer
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
@@ -189,6 +189,17 @@ def engine_for(
     return cohort
 
 
+def notes_of(cohort: Cohort) -> list[str]:
+    """What whoever starts a run should know of its codec."""
+    if not isinstance(cohort.codec, Autoencoder):
+        return []
+    kept, part = cohort.codec.kept, cohort.codec.size / Layout.of(cohort.parameters).size
+    return [
+        f"the autoencoder keeps {kept:.2%} of the energy of random numbers, and a random projection to as many numbers "
+        f"{part:.2%}; of an update, too, the network keeps about what a projection does"
+    ]
+
+
 def require_masks() -> None:
     """Refuses before anything is read, where the libraries of masks are missing.
 
@@ -262,7 +273,7 @@ def local_computation(config: Config, model: nn.Module, data: LoadedData, pad: i
     from sotto import session  # which asks for engines of federated runs here
 
     device = next(model.parameters()).device
-    clipping = session.make_clipping(config)
+    clipping = Unclipped()  # the bound of the round, which may follow norms, is put on whatever leaves (`bounded`)
     losses, parts = session.losses_along(model, config, device), setting_of(config).parts
     return Probing(zeroth_order.build(model.eval(), config.method, losses, clipping, key, parts), data, pad)
 
