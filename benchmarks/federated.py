@@ -9,9 +9,9 @@
 `codecs` and `train` split a labelled file over synthetic users (rows are dealt out in turn) and keep its last rows as
 public text for the codec `subspace`; `--data shakespeare` takes speakers for users. `codecs` compares the mean of
 decoded, clipped updates of some users with the mean of their updates: with and without the noise of a round. `train`
-does the same, runs whole private runs and scores them, beside central training of the same model at the same epsilon. A
-variant is a codec, `rows` of the embedding, or users who send numbers along directions: `losses`, `derivatives`, `spry`.
-Bytes are those of the Flower message: every object that it consists of.
+does the same, runs whole private runs and scores them, beside central training of the same model at the same epsilon.
+`--variant` is a codec, `rows` of the embedding, or users who send numbers along directions: `losses`, `derivatives` or
+`spry`. Bytes are those of the Flower message: every object that it consists of.
 """
 
 from __future__ import annotations

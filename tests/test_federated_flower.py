@@ -329,6 +329,17 @@ def test_two_nodes_cannot_claim_the_same_users(tmp_path: Path, started: Any):
     assert strategy._left_out == {33}
 
 
+def test_a_node_that_was_started_again_under_another_number_keeps_its_users(tmp_path: Path, started: Any):
+    _, strategy = started(tmp_path)
+    grid = MemoryGrid(tmp_path)
+    strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    users = strategy._homes[NODES[0]]
+    grid.contexts[33] = grid.contexts.pop(NODES[0])
+    strategy.configure_train(2, ArrayRecord(), ConfigRecord(), grid)
+    assert strategy._homes == {NODES[1]: strategy._homes[NODES[1]], 33: users}
+    assert strategy._left_out == set()
+
+
 def test_a_node_with_another_model_is_left_out_and_the_run_goes_on(tmp_path: Path):
     recipe = write_files(tmp_path)
     other = yaml.safe_load((tmp_path / "device0.yaml").read_text())
