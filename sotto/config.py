@@ -295,6 +295,14 @@ class Config(Section):
             raise ValueError("setting.noise: clients needs a privacy budget, and method.clipping: flat")
         if setting.noise == "clients" and self.privacy.exact_noise:
             raise ValueError("privacy.exact_noise needs setting.noise: server: devices add their shares in float64")
+        rows = setting.embedding_rows is not None
+        if rows and (method.zeroth_order or method.train not in ("full", "lora") or self.output.export == "adapter"):
+            raise ValueError(
+                "setting.embedding_rows needs gradients, method.train: full or lora, and no output.export: adapter, "
+                "which would leave the embedding out"
+            )
+        if setting.parts > 1 and not method.zeroth_order:
+            raise ValueError("setting.parts is for method.gradient: zeroth_order")
         if setting.noise == "clients" and method.zeroth_order:
             raise ValueError("setting.noise: clients is not for method.gradient: zeroth_order")
         if setting.masks and (1 - setting.dropouts) * (setting.sites or self.run.expected_batch_size) < 2:

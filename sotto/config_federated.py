@@ -34,6 +34,10 @@ class FederatedSetting(Section):
     """What takes the local steps. It starts afresh in every round."""
     local_clip_norm: Positive | None = None
     """Bound on the norm of a local step's gradient, against outliers; it has no part in the guarantee."""
+    parts: Count = 1
+    """`gradient: zeroth_order`: into how many parts the trained tensors are split. A user looks along directions of one
+    part alone, another one in every round by a public draw: less work for it, and more directions for the model (Spry).
+    """
     codec: CodecName = "none"
     """How an update is shortened. `none`: not at all. `srht`: a public random projection, new in every round, for
     bandwidth. `subspace`: the directions in which gradients of public text vary most, for less noise. `learned`: the
@@ -42,7 +46,13 @@ class FederatedSetting(Section):
     latent: Count | None = None
     """Numbers that are sent of an update, with any codec but `none`."""
     public_data: str | None = None
-    """`subspace`: a file of public text of the shape of `data.train`. It is not protected."""
+    """A file of public text of the shape of `data.train`, for `codec: subspace` or `embedding_rows`. It is not
+    protected."""
+    embedding_rows: Count | None = None
+    """With `method.train: full` or `lora`: so many rows of the token embedding are trained and sent in a round, with
+    all else that is trained, and the other rows stay as they are (partial embedding updates). They are drawn anew in
+    every round; with `public_data`, they are those of its most frequent tokens, in all rounds. `lora` alone would not
+    train any."""
     noise: Literal["server", "clients"] = "server"
     """Who adds the noise. `server`: the sum is noised after it was taken; the server is trusted with it. `clients`:
     each adds a share, so that the sum of those who answer carries enough."""
@@ -59,10 +69,16 @@ class FederatedSetting(Section):
     def _codec_has_its_numbers(self) -> FederatedSetting:
         if self.sites is not None and self.codec != "none":
             raise ValueError("codec is for updates of users: a site's sum is clipped unit by unit, before it is one")
+        if self.parts > 1 and self.sites is not None:
+            raise ValueError("parts are dealt out to users: a site looks at all of them")
         if (self.codec == "none") != (self.latent is None):
             raise ValueError("latent is how many numbers a codec sends: every codec but none needs it")
-        if (self.codec == "subspace") != (self.public_data is not None):
-            raise ValueError("public_data belongs to codec: subspace, which needs it")
+        if self.codec == "subspace" and self.public_data is None:
+            raise ValueError("codec: subspace needs public_data")
+        if self.public_data is not None and self.codec != "subspace" and self.embedding_rows is None:
+            raise ValueError("public_data belongs to codec: subspace, or to embedding_rows")
+        if self.embedding_rows is not None and (self.sites is not None or self.codec != "none"):
+            raise ValueError("embedding_rows is for updates of users, and for codec: none")
         if self.masks and self.noise != "clients":
             raise ValueError("masks hide who sent what, so each message must bring its own noise: set noise: clients")
         return self

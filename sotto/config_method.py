@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sotto.config_types import Count, Fraction, Natural, Positive, Section
+from sotto.config_types import Count, Fraction, Natural, Positive, Real, Section
 
 ZEROTH_RATES = {"head": 0.5, "bitfit": 0.1, "lora": 0.1, "side": 0.1, "reversible": 0.1, "full": 1e-3}
 """SGD's rate times the clip norm, for zeroth-order runs that give no rate; see benchmarks/RESULTS.md."""
@@ -63,8 +63,10 @@ class MethodSection(Section):
     zeroth_probes: Count | None = None
     """Directions in a step, and numbers that it releases. They cost no privacy; each costs one forward pass with
     `aggzo`, and two where a step has a single one. Default: 16 for `aggzo`, else 1."""
-    zeroth_smoothing: Positive = 1e-3
-    """How far the weights are moved along a direction to see how the loss changes. Adapters can take 1e-2."""
+    zeroth_smoothing: Annotated[Real, Field(ge=0)] = 1e-3
+    """How far the weights are moved along a direction to see how the loss changes. Adapters can take 1e-2. 0: not at
+    all; the exact derivative, by forward-mode differentiation (forward gradients, Spry), in twice the memory of a
+    forward pass and about the time of the two that a difference takes."""
     zeroth_directions: Literal["preset", "rademacher", "gaussian", "sphere", "orthogonal"] = "preset"
     """The law of the directions. They are public, and drawn from a generator that shares nothing with the noise."""
     zeroth_rank: Natural = 0
@@ -100,7 +102,7 @@ class MethodSection(Section):
     @property
     def zeroth_centred(self) -> bool:
         """Whether each direction is probed on one side, and compared with the mean over those of the step."""
-        return self.zeroth_preset == "aggzo" and self.probes > 1
+        return self.zeroth_preset == "aggzo" and self.probes > 1 and self.zeroth_smoothing > 0
 
     @property
     def passes(self) -> int:
@@ -140,6 +142,8 @@ class MethodSection(Section):
             raise ValueError("gradient: zeroth_order compares losses, which dropout would drown: set dropout: false")
         if self.zeroth_sides % 2 and self.zeroth_sides != 1:
             raise ValueError("zeroth_sides is 1 or an even number: both losses of a direction belong in one pass")
+        if self.zeroth_smoothing == 0 and self.zeroth_sides != 1:
+            raise ValueError("zeroth_smoothing: 0 takes a derivative in each pass: set zeroth_sides: 1")
         if self.side_cache:
             raise ValueError("side_cache is not for gradient: zeroth_order, which computes frozen layers once anyway")
         if self.zeroth_rank and self.zeroth_directions in ("sphere", "orthogonal"):

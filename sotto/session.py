@@ -111,6 +111,7 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
     data = load_dataset_for(config, loaded.tokenizer, "train") if carrier is None else federation.register(config)
     model = prepare(loaded.model, config.method, config.run.seed).to(device)
     if config.setting.kind == "federated":
+        federation.open_embedding(config, model)
         mine = (model, data, loaded.tokenizer, make_clipping(config))
         engine = federation.engine_for(config, *mine, directions_key, carrier)
     else:
@@ -335,6 +336,7 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
         device=parts.device,
         microbatch_size=parts.microbatch_size,
         checkpoint_every=config.run.checkpoint_every or _checkpoint_every(parts.engine, plan.steps),
+        notes=federation.notes_of(parts.engine) if isinstance(parts.engine, Cohort) else [],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from sotto.federated.server import agreement
 from sotto.federated.simulate import simulate
 from sotto.federated.strategy import SottoStrategy, Streaming
 from sotto.metrics import Metrics
+from sotto.privacy import accounting
+from sotto.privacy.adversaries import most_draws
 from sotto.privacy.ledger import Ledger
 
 SETTING: dict[str, Any] = {"kind": "federated", "local_batch_size": 2, "timeout": 5}
@@ -154,6 +157,11 @@ METHODS = {
     },
     "sites with masks": {"setting": {**SETTING, "sites": 2, "noise": "clients", "dropouts": 0.0, "masks": True}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
+    "spry": {
+        "method": {"train": "lora", "gradient": "zeroth_order", "zeroth_probes": 2, "zeroth_smoothing": 0},
+        "setting": {**SETTING, "parts": 3},
+    },
+    "rows": {"setting": {**SETTING, "embedding_rows": 12}, "method": {"train": "lora"}},
 }
 
 
@@ -227,6 +235,7 @@ HOSTILE = {
     "huge": with_vectors(lambda v: np.full_like(v, 1e30)),
     "nan": with_vectors(lambda v: np.full_like(v, np.nan)),
     "another shape": with_vectors(lambda v: v[:-1]),
+    "oversized": with_vectors(lambda v: np.tile(v, 1000)),
     "integers": with_vectors(lambda v: v.astype(np.int64)),
     "half precision": with_vectors(lambda v: v.astype(np.float16)),
     "nothing for its users": with_vectors(lambda v: None),
@@ -318,6 +327,17 @@ def test_two_nodes_cannot_claim_the_same_users(tmp_path: Path, started: Any):
     strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
     assert sorted(strategy._homes) == list(NODES)
     assert strategy._left_out == {33}
+
+
+def test_a_node_that_was_started_again_under_another_number_keeps_its_users(tmp_path: Path, started: Any):
+    _, strategy = started(tmp_path)
+    grid = MemoryGrid(tmp_path)
+    strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    users = strategy._homes[NODES[0]]
+    grid.contexts[33] = grid.contexts.pop(NODES[0])
+    strategy.configure_train(2, ArrayRecord(), ConfigRecord(), grid)
+    assert strategy._homes == {NODES[1]: strategy._homes[NODES[1]], 33: users}
+    assert strategy._left_out == set()
 
 
 def test_a_node_with_another_model_is_left_out_and_the_run_goes_on(tmp_path: Path):
@@ -521,10 +541,47 @@ def test_rounds_are_counted_at_the_device_and_stale_ones_refused(tmp_path: Path)
         attendance.enter("run", 9, 9, 9)
 
 
+def test_a_server_that_begins_again_under_another_name_is_found_out(tmp_path: Path, started: Any):
+    """Epsilon of one run is within the owner's limit, and of two not; the same run may ask as often as it likes."""
+    _, strategy = started(tmp_path)
+    agreed = strategy.agreement
+    event = [(accounting.PoissonGaussian(agreed.noise_multiplier, agreed.sampling_prob), agreed.steps)]
+    one = accounting.composed_epsilon(event, 1e-4, precision="coarse")
+    rules = policy.Policy(max_epsilon=99, max_rounds=9, max_total_epsilon=1.1 * one)
+    attendance = policy.Attendance(tmp_path / "a.json")
+    attendance.admit("run", agreed, rules)
+    attendance.admit("run", agreed, rules)
+    other = dataclasses.replace(agreed, steps=agreed.steps + 1)
+    for name, facts in (("another", agreed), ("run", other)):
+        with pytest.raises(SottoError, match="SOT940"):
+            policy.Attendance(tmp_path / "a.json").admit(name, facts, rules)
+    generous = rules.model_copy(update={"max_total_epsilon": 3 * one})
+    attendance.admit("another", agreed, generous)
+    attendance.admit("free", other, policy.Policy(max_epsilon=99, max_rounds=9))
+    (tmp_path / "a.runs.json").write_text("[")
+    with pytest.raises(SottoError, match="SOT943"):
+        attendance.admit("yet another", agreed, rules)
+
+
+def test_a_user_who_is_drawn_too_often_for_the_announced_probability_stops_answering(tmp_path: Path, started: Any):
+    _, strategy = started(tmp_path, rules={"max_epsilon": 99, "max_rounds": 1000})
+    rare = dataclasses.replace(strategy.agreement, sampling_prob=0.001, steps=50)
+    most = most_draws(50, 0.001)
+    assert 1 <= most < 10
+    weights = {"weights": messages.packed(strategy._engine.order(0).weights)}
+    codes = []
+    for step in range(most + 2):
+        order = dataclasses.replace(strategy._engine.order(step))
+        reply = handle(
+            messages.order_message(weights, order, rare, 11, [0], f"{order.run}/{step}"), context(tmp_path, 0)
+        )
+        refused = reply.content.config_records.get("refused")
+        codes.append(None if refused is None else refused["code"])
+    assert codes == [None] * most + ["SOT940"] * 2
+
+
 def test_a_server_that_claims_less_than_its_numbers_cost_is_refused(tmp_path: Path, started: Any):
     """The device computes epsilon itself."""
-    import dataclasses
-
     _, strategy = started(tmp_path)
     device = devices.device_for(context(tmp_path, 0))
     device.check(strategy.agreement)

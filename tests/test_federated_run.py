@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -17,8 +18,10 @@ from sotto import session as sessions
 from sotto.errors import SottoError
 from sotto.federated.simulate import simulate
 from sotto.privacy import accounting
+from sotto.privacy.adversaries import adversaries
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.noise import SecureNoise
+from sotto.privacy.plan import make_plan
 
 FEDERATED: dict[str, Any] = {"kind": "federated", "local_batch_size": 2, "local_learning_rate": 0.05}
 
@@ -42,6 +45,11 @@ METHODS = {
     "adaptive": {"method": {"train": "full", "clipping": "adaptive"}},
     "yogi": {"run": {"optimizer": "yogi"}},
     "zeroth order": {"method": {"train": "head", "gradient": "zeroth_order", "zeroth_probes": 2}},
+    "spry": {
+        "method": {"train": "lora", "gradient": "zeroth_order", "zeroth_probes": 2, "zeroth_smoothing": 0},
+        "setting": {"parts": 3},
+    },
+    "rows": {"setting": {"embedding_rows": 12}, "method": {"train": "lora"}},
 }
 
 
@@ -69,7 +77,9 @@ def test_ffa_lora_trains_the_upper_factors_alone(tmp_path: Path):
     assert not [name for name in names if "lora_A" in name]
 
 
-@pytest.mark.parametrize("name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order", "masks"])
+@pytest.mark.parametrize(
+    "name", ["full", "srht", "learned", "adaptive", "yogi", "zeroth order", "spry", "rows", "masks"]
+)
 def test_a_run_that_was_stopped_ends_at_the_same_weights(name: str, tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -382,3 +392,38 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("sys.argv", ["sotto", "federated", "simulate", str(path), "--set", "run.steps=2"])
     cli.main()
     assert "AGAINST WHOM" in capsys.readouterr().out
+
+
+def test_a_run_says_how_little_an_autoencoder_keeps(tmp_path: Path):
+    (note,) = simulate(config(tmp_path, **METHODS["autoencoder"])).notes
+    kept, projected = (float(word.rstrip("%;")) for word in note.split() if word.rstrip("%;") != word.rstrip(";"))
+    assert 0 < kept < 1.1 * projected
+
+
+@pytest.mark.parametrize("noise", [{"noise": "clients"}, {**MASKED}])
+def test_numbers_of_all_adversaries_are_of_the_relation_of_the_run(noise: dict[str, Any], tmp_path: Path):
+    """One user replaced by another moves a sum by twice the bound: as if there were half of the noise."""
+    replaced = make_plan(config(tmp_path, noise, privacy={"neighboring_relation": "replace_one"}))
+    half = dataclasses.replace(
+        replaced, noise_multiplier=replaced.noise_multiplier / 2, neighboring_relation="add_or_remove_one"
+    )
+    numbers = [[a.epsilon for a in adversaries(plan, 1.0, 4)[1:]] for plan in (replaced, half)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=2e-3)
+
+
+def test_with_a_bound_that_rises_numbers_along_directions_rise_with_it(tmp_path: Path):
+    """What a user sends is held to the bound of the round, and not to the one that the run began with."""
+    method = {
+        "train": "head",
+        "gradient": "zeroth_order",
+        "zeroth_probes": 2,
+        "clipping": "adaptive",
+        "clip_norm": 1e-4,
+    }
+    engine: Any = sessions.load_parts(config(tmp_path, method=method), "key").engine
+    norms = []
+    for bound in (1e-4, 1e-3):
+        engine.clipping.thresholds = [bound]
+        ((_, sent),) = engine.carrier(engine.order(0), np.array([3]))
+        norms.append(float(sent.norm()))
+    assert norms == [pytest.approx(1e-4, rel=1e-5), pytest.approx(1e-3, rel=1e-5)]

@@ -47,12 +47,15 @@ def fingerprint(config: ConfigPath) -> None:
     """Print the fingerprint of the model, for a device owner's policy."""
     from sotto.config import Config
     from sotto.federated.layout import model_fingerprint
+    from sotto.federated.server import open_embedding
     from sotto.models import load
     from sotto.models.trainable import prepare
 
     loaded = Config.load(config)
     model = load.load_model(loaded.model, loaded.data, loaded.method, loaded.run.seed).model
-    print(model_fingerprint(prepare(model, loaded.method, loaded.run.seed)))
+    model = prepare(model, loaded.method, loaded.run.seed)
+    open_embedding(loaded, model)
+    print(model_fingerprint(model))
 
 
 def _require_flower() -> None:

@@ -22,6 +22,7 @@ from sotto.config import Config
 from sotto.config_federated import FederatedSetting
 from sotto.data import LoadedData, microbatches
 from sotto.federated.codec import Codec
+from sotto.federated.embedding_rows import EmbeddingRows
 from sotto.federated.layout import Layout
 from sotto.federated.shares import Shares
 from sotto.losses import autocast, forward_losses, to_device
@@ -29,7 +30,8 @@ from sotto.privacy.noise import NoiseSource
 from sotto.zeroth_order.engine import ZerothOrder
 from sotto.zeroth_order.release import NAME
 
-Computes = Callable[["Order", np.ndarray], torch.Tensor]
+Computes = Callable[["Order", np.ndarray, int], torch.Tensor]
+"""(order, a user's examples, its number in the register) -> its update, before encoding."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,23 @@ class LocalTraining:
     device keeps nothing between rounds.
     """
 
-    def __init__(self, config: Config, setting: FederatedSetting, model: nn.Module, data: LoadedData, pad: int):
+    def __init__(
+        self,
+        config: Config,
+        setting: FederatedSetting,
+        model: nn.Module,
+        data: LoadedData,
+        pad: int,
+        codec: Codec | None = None,
+    ):
         self.config, self.setting, self.model, self.data, self._pad = config, setting, model, data, pad
+        self._rows = codec if isinstance(codec, EmbeddingRows) else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.layout = Layout.of(self.parameters)
         self._device = next(model.parameters()).device
 
-    def __call__(self, order: Order, examples: np.ndarray) -> torch.Tensor:
-        """(n,) float32 start minus end."""
+    def __call__(self, order: Order, examples: np.ndarray, number: int = 0) -> torch.Tensor:
+        """(n,) float32 start minus end; the same whatever the user's number is."""
         self._take(order.weights)
         if len(examples) == 0:
             return torch.zeros(self.layout.size)
@@ -71,7 +82,7 @@ class LocalTraining:
         optimizer = self._optimizer()
         for epoch in range(self.setting.local_epochs):
             for rows in self._batches(order.step, epoch, examples):
-                self._descend(optimizer, rows)
+                self._descend(optimizer, rows, order.step)
         end = self.layout.flat(self.parameters)
         self._take(order.weights)
         return self.layout.flat(self.parameters).sub_(end).cpu()
@@ -91,7 +102,7 @@ class LocalTraining:
         size = self.setting.local_batch_size
         return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
 
-    def _descend(self, optimizer: torch.optim.Optimizer, rows: np.ndarray) -> None:
+    def _descend(self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int) -> None:
         """One local step on the mean loss of a few examples."""
         optimizer.zero_grad(set_to_none=True)
         most = self.config.run.microbatch_size
@@ -101,20 +112,27 @@ class LocalTraining:
             with autocast(self.config, self._device):
                 losses_B = forward_losses(self.model, batch, self.config.data.task)
             (losses_B.sum() / len(rows)).backward()
+        if self._rows is not None:
+            self._rows.freeze_others(self.parameters, step)
         if self.setting.local_clip_norm is not None:
             nn.utils.clip_grad_norm_(list(self.parameters.values()), self.setting.local_clip_norm)
         optimizer.step()
 
 
 class Probing:
-    """Losses along the run's public directions: K numbers leave, and no codec is needed."""
+    """Losses along the run's public directions: K numbers leave, and no codec is needed.
+
+    Where the trained tensors are split (`setting.parts`; Spry, Panchal et al. 2024), a user looks at one part, and its
+    numbers for the others are 0. Which one is public, and depends on nobody else: so a user more or less changes the
+    sum by its own K numbers, and the sensitivity is the bound on them, whatever the number of parts is.
+    """
 
     def __init__(self, engine: ZerothOrder, data: LoadedData, pad: int):
         self.engine, self.data, self._pad = engine, data, pad
         self._device = next(iter(engine.parameters.values())).device
 
-    def __call__(self, order: Order, examples: np.ndarray) -> torch.Tensor:
-        """(K,) the mean over directions and examples that `zeroth_order` would clip for this user, clipped."""
+    def __call__(self, order: Order, examples: np.ndarray, number: int) -> torch.Tensor:
+        """(parts * K,) what `zeroth_order` gives for this user, not clipped yet."""
         with torch.no_grad():
             for name, parameter in self.engine.parameters.items():
                 parameter.copy_(order.weights[name])
@@ -122,7 +140,8 @@ class Probing:
             return self.engine.zeros().gradients[NAME]
         batch: dict[str, Any] = to_device(self.data.examples.collate(examples, self._pad), self._device)
         units_B = torch.zeros(len(examples), dtype=torch.long, device=self._device)
-        return self.engine.clipped_sum(batch, units_B, order.step).gradients[NAME].cpu()
+        part = self.engine.directions.part_for(order.step, number)
+        return self.engine.clipped_sum(batch, units_B, order.step, part).gradients[NAME].cpu()
 
 
 class Client:
@@ -139,7 +158,7 @@ class Client:
         """Sets up the device.
 
         Args:
-          compute: (order, that user's examples) -> its update, before encoding.
+          compute: what it computes for a user.
           codec: encodes it.
           data: its users' text.
           shares, noise: where users add the noise: how much, and where it comes from.
@@ -155,11 +174,13 @@ class Client:
         """
         known = user < len(self.data.units)
         examples = self.data.units.members_of(np.array([user]))[0] if known else np.zeros(0, dtype=np.int64)
-        vector_k = bounded(self.codec.encode(self._compute(order, examples), order.step), order.clip_norm)
+        number = user if number is None else number
+        update_n = self._compute(order, examples, number)
+        vector_k = bounded(self.codec.encode(update_n, order.step), order.clip_norm)
         if self.shares is None:
             return vector_k
         assert self._noise is not None
-        return self.shares.message(vector_k, self._noise, order.step, f"share of {user if number is None else number}")
+        return self.shares.message(vector_k, self._noise, order.step, f"share of {number}")
 
 
 def bounded(vector_k: torch.Tensor, clip_norm: float) -> torch.Tensor:

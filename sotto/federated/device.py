@@ -30,6 +30,7 @@ from sotto.federated.server import (
     codec_for,
     local_computation,
     noise_for,
+    open_embedding,
     reach_for,
     setting_of,
     what_devices_do,
@@ -38,6 +39,7 @@ from sotto.federated.shares import Shares
 from sotto.federated.site import Site, site_for
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
+from sotto.privacy.adversaries import most_draws
 from sotto.session import choose_device
 
 TELEMETRY = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -86,6 +88,7 @@ class Device:
             loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
             data = load_dataset_for(config, loaded.tokenizer, "train", whole=False)
         model = prepare(loaded.model, config.method, config.run.seed).to(choose_device(config.run.device)).eval()
+        open_embedding(config, model)
         attendance = policy.Attendance(rules.with_suffix(".attendance.json"))
         print_ = model_fingerprint(model)
         device = cls(config, allowed, attendance, model, loaded.tokenizer, data, print_, first, every, shared)
@@ -122,10 +125,15 @@ class Device:
         self.check(agreement)
         if order.clip_norm > agreement.clip_norm and self.config.method.clipping != "adaptive":
             raise policy.refuse(f"the bound is {order.clip_norm:g}", "order.clip_norm", "keep to the agreed bound")
-        source = self._site(agreement) if setting_of(self.config).sites else self._client(message, agreement, layout)
+        source = self._site(agreement) if setting_of(self.config).sites else self._client(message, agreement)
+
+        self.attendance.admit(order.run, agreement, self.policy)
+        most = self.policy.max_rounds
+        if not setting_of(self.config).sites:  # which are asked in every round
+            most = min(most, most_draws(agreement.steps, agreement.sampling_prob))
 
         def answer(user: int) -> torch.Tensor:
-            self.attendance.enter(order.run, user, order.step, self.policy.max_rounds)
+            self.attendance.enter(order.run, user, order.step, most)
             return source(order, user)
 
         mine, shares = [user for user in users if self.has(user)], self.shares(agreement)
@@ -155,12 +163,12 @@ class Device:
             return user == self.first
         return user % self.every == self.first and self.local(user) < len(self.data.units)
 
-    def _client(self, message: Message, agreement: Agreement, layout: Layout) -> Callable[[Order, int], torch.Tensor]:
+    def _client(self, message: Message, agreement: Agreement) -> Callable[[Order, int], torch.Tensor]:
         key = _key(agreement)
-        compute = local_computation(self.config, self.model, self.data, self.pad, key)
-        codec = codec_for(self.config, layout.size, key)
+        codec = codec_for(self.config, self.model, key)
         if state := codec.state():
             codec.restore(messages.read_codec(message, {n: tuple(t.shape) for n, t in state.items()}))
+        compute = local_computation(self.config, self.model, self.data, self.pad, key, codec)
         client = Client(compute, codec, self.data, self.shares(agreement), noise_for(self.config))
         return lambda order, user: client.answer(order, self.local(user), user)
 

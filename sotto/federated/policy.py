@@ -1,9 +1,12 @@
 """What the owner of a device allows, checked by the device itself before it computes anything.
 
-A server could ask for more than its users were told: less noise, more rounds, another model. So the device recomputes
-what its part would cost from the numbers of the order, and counts the rounds it took part in, in a file of its own.
-What a policy cannot do is check that the server really adds the noise it announces; that is what `noise: clients` is
-for, and what the statement says.
+A server could ask for more than its users were told: less noise, more rounds, another model, or the same once more
+under another name. So the device recomputes what its part would cost from the numbers of the order, counts the rounds
+it took part in, and remembers the runs, in files of its own. Epsilon is that of one user added or removed.
+
+A server that announces a small sampling probability, so that its rounds seem to cost little, and then asks a user again
+and again, is found out by the count: no user is drawn so often by chance. What a policy cannot do is check that the
+server really adds the noise it announces; that is what `noise: clients` is for, and what the statement says.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,6 +24,7 @@ from sotto.config_types import Count, Positive, Section
 from sotto.errors import SottoError
 from sotto.federated.server import Agreement
 from sotto.privacy import accounting
+from sotto.privacy.accounting import PoissonGaussian
 
 
 class Policy(Section):
@@ -31,6 +37,8 @@ class Policy(Section):
     """The most that a run may cost at its own delta, whether it announces it or not."""
     max_rounds: Count
     """The most rounds in which a user of this device answers, per run."""
+    max_total_epsilon: Positive | None = None
+    """The most that all runs together may cost, at `max_delta`. A run counts with all that it announced."""
     min_noise_multiplier: Positive | None = None
     """The least noise, in clip norms."""
     max_delta: Positive = 1e-4
@@ -90,10 +98,31 @@ def check(policy: Policy, agreement: Agreement, own_model: str) -> None:
 
 
 class Attendance:
-    """In which rounds of which run a user answered: a file at the device, written before anything is computed."""
+    """In which rounds of which run a user answered: files at the device, written before anything is computed."""
 
     def __init__(self, path: Path):
         self._path = path
+
+    def admit(self, run: str, agreement: Agreement, policy: Policy) -> None:
+        """Notes that a run is going on, with all that it announces.
+
+        Raises:
+          SottoError: SOT940, all runs together would cost more than `max_total_epsilon`; SOT943, as for `enter`.
+        """
+        with self._held():
+            path = self._path.with_suffix(".runs.json")
+            known = json.loads(path.read_text()) if path.exists() else {}
+            key = f"{run}/{agreement.digest[:16]}"  # the same name with other numbers is another run
+            if key in known:
+                return
+            known[key] = (agreement.noise_multiplier, agreement.sampling_prob, agreement.steps)
+            if policy.max_total_epsilon is not None:
+                events = [(PoissonGaussian(z, q), steps) for z, q, steps in known.values()]
+                total = accounting.composed_epsilon(events, policy.max_delta, precision="coarse")
+                if not total <= policy.max_total_epsilon * 1.02:
+                    what = f"all runs together would cost epsilon {accounting.round_up(total)}"
+                    raise refuse(what, "policy.max_total_epsilon", "raise it, or take no part in this run")
+            _replace(path, known)
 
     def enter(self, run: str, user: int, step: int, most: int) -> None:
         """Notes that a user answers a round.
@@ -102,10 +131,15 @@ class Attendance:
           SottoError: SOT942, the round is not after the last one; SOT940, it would be one more than `most`; SOT943, the
             file cannot be read or written.
         """
+        with self._held():
+            self._enter(f"{run}/{user}", step, most)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
         try:
             with open(self._path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self._enter(f"{run}/{user}", step, most)
+                yield
         except (OSError, ValueError, TypeError) as error:
             raise SottoError(
                 "SOT943", what=f"attendance cannot be kept: {type(error).__name__}", where=str(self._path),
@@ -123,14 +157,19 @@ class Attendance:
                 fix="start the server again from its newest checkpoint",
             )  # fmt: skip
         if count >= most:
-            raise refuse(f"this user has answered {count} rounds", "policy.max_rounds", "raise it, or end the run")
+            what = f"this user has answered {count} rounds, the most that it should be asked for"
+            raise refuse(what, "policy.max_rounds, or the announced sampling_prob", "raise it, or end the run")
         known[key] = (count + 1, step)
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(known, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
+        _replace(self._path, known)
+
+
+def _replace(path: Path, known: object) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(known, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def load(path: Path) -> Policy:

@@ -20,17 +20,18 @@ from torch import nn
 from sotto.config import Config
 from sotto.config_federated import FederatedSetting
 from sotto.data import DataReport, Examples, LoadedData, Units
-from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.federated.autoencoder import Autoencoder
 from sotto.federated.client import Client, Computes, LocalTraining, Order, Probing
 from sotto.federated.codec import Codec, Identity, Srht
 from sotto.federated.cohort import LATENT, Carrier, Cohort
+from sotto.federated.embedding_rows import ROWS, EmbeddingRows, frequent, table_name, train_table
 from sotto.federated.layout import Layout, model_fingerprint
+from sotto.federated.public_text import read_public
 from sotto.federated.shares import Shares
 from sotto.federated.site import Sites
 from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
-from sotto.gradients.clipping import Clipping
+from sotto.gradients.clipping import Clipping, Unclipped
 from sotto.optim import Optimizer
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
@@ -112,19 +113,29 @@ class Decoding:
         self.codec.restore({n.removeprefix("codec/"): t for n, t in tensors.items() if n not in own})
 
 
-def codec_for(config: Config, size: int, key: str) -> Codec:
+def open_embedding(config: Config, model: nn.Module) -> None:
+    """Makes the token embedding trainable too, where the setting says so."""
+    if setting_of(config).embedding_rows is not None:
+        train_table(model)
+
+
+def codec_for(config: Config, model: nn.Module, key: str) -> Codec:
     """The codec of a configuration.
 
     Args:
-      size: n, elements of an update.
+      model: prepared for training.
       key: the run's public key.
 
     Raises:
       SottoError: SOT932, the latent is larger than the update.
     """
-    setting = setting_of(config)
+    setting, layout = setting_of(config), Layout.of({n: p for n, p in model.named_parameters() if p.requires_grad})
+    size = layout.size
     if config.method.zeroth_order:
-        return Identity(config.method.probes)
+        return Identity(config.method.probes * setting.parts)
+    if setting.embedding_rows is not None:
+        public = setting.public_data is not None
+        return EmbeddingRows(layout, table_name(model), setting.embedding_rows, key, public)
     if setting.latent is not None and setting.latent > size:
         raise SottoError(
             "SOT932", what=f"setting.latent is {setting.latent:,}, and an update has {size:,} numbers",
@@ -157,23 +168,36 @@ def engine_for(
       carrier: takes orders to users elsewhere; None: they are all here.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    codec, pad = codec_for(config, Layout.of(parameters).size, key), tokenizer.pad_token_id
-    if isinstance(codec, Subspace):
-        codec.restore({BASIS: public_directions(config, model, tokenizer, codec.size)})
+    codec, pad = codec_for(config, model, key), tokenizer.pad_token_id
+    if (file := setting_of(config).public_data) is not None:
+        public = read_public(file, config, tokenizer, data.examples)
+        codec.restore(public_state(config, model, tokenizer, codec, public))
     probing = config.method.zeroth_order
     shares, noise = shares_for(config), noise_for(config)
     if carrier is None and (sites := setting_of(config).sites) is not None:
         carrier = in_process(Sites.of(config, model, tokenizer, data, key, shares, noise, sites))
     elif carrier is None:
-        carrier = in_process(Client(local_computation(config, model, data, pad, key), codec, data, shares, noise))
+        compute = local_computation(config, model, data, pad, key, codec)
+        carrier = in_process(Client(compute, codec, data, shares, noise))
     cohort = Cohort(parameters, clipping, codec, carrier, NAME if probing else LATENT)
     cohort.shares, cohort.noise, cohort.reach = shares, noise, reach_for(config)
     cohort.masked = setting_of(config).masks
     if cohort.masked:
         require_masks()
     if probing:
-        cohort.directions = zeroth_order.directions(model, config.method, key)
+        cohort.directions = zeroth_order.directions(model, config.method, key, setting_of(config).parts)
     return cohort
+
+
+def notes_of(cohort: Cohort) -> list[str]:
+    """What whoever starts a run should know of its codec."""
+    if not isinstance(cohort.codec, Autoencoder):
+        return []
+    kept, part = cohort.codec.kept, cohort.codec.size / Layout.of(cohort.parameters).size
+    return [
+        f"the autoencoder keeps {kept:.2%} of the energy of random numbers, and a random projection to as many numbers "
+        f"{part:.2%}; of an update, too, the network keeps about what a projection does"
+    ]
 
 
 def require_masks() -> None:
@@ -211,16 +235,29 @@ def noise_for(config: Config) -> NoiseSource:
     return SecureNoise() if seed is None else DebugNoise(seed)
 
 
-def public_directions(config: Config, model: nn.Module, tokenizer: Any, latent: int) -> torch.Tensor:
+def public_state(
+    config: Config, model: nn.Module, tokenizer: Any, codec: Codec, public: LoadedData
+) -> dict[str, torch.Tensor]:
+    """What a codec takes from public text: directions, or rows of the token embedding.
+
+    Raises:
+      SottoError: SOT936, there is too little of it.
+    """
+    if isinstance(codec, EmbeddingRows):
+        rows = frequent(public.examples.input_ids, len(codec.rows_of(0)), codec.count)
+        return {ROWS: rows.float()}
+    return {BASIS: public_directions(config, model, tokenizer, public, codec.size)}
+
+
+def public_directions(
+    config: Config, model: nn.Module, tokenizer: Any, public: LoadedData, latent: int
+) -> torch.Tensor:
     """(k, n) directions of the updates that devices would make of public text, twice as many of them as directions.
 
     Raises:
-      SottoError: SOT936, there is too little public text; those of reading it.
+      SottoError: SOT936, there is too little public text.
     """
     setting = setting_of(config)
-    assert setting.public_data is not None
-    section = config.data.model_copy(update={"eval": setting.public_data, "eval_split": None})
-    public = load_dataset_for(config.model_copy(update={"data": section}), tokenizer, "eval")
     trainer = LocalTraining(config, setting, model, public, tokenizer.pad_token_id)
     order = Order(0, 1.0, {n: p.detach().clone() for n, p in trainer.parameters.items()})
     size = setting.local_batch_size
@@ -229,16 +266,16 @@ def public_directions(config: Config, model: nn.Module, tokenizer: Any, latent: 
     return top_directions(torch.stack(updates), latent)
 
 
-def local_computation(config: Config, model: nn.Module, data: LoadedData, pad: int, key: str) -> Computes:
+def local_computation(config: Config, model: nn.Module, data: LoadedData, pad: int, key: str, codec: Codec) -> Computes:
     """What a device does with an order, before encoding."""
     if not config.method.zeroth_order:
-        return LocalTraining(config, setting_of(config), model, data, pad)
+        return LocalTraining(config, setting_of(config), model, data, pad, codec)
     from sotto import session  # which asks for engines of federated runs here
 
     device = next(model.parameters()).device
-    clipping = session.make_clipping(config)
-    engine = zeroth_order.build(model.eval(), config.method, session.losses_along(model, config, device), clipping, key)
-    return Probing(engine, data, pad)
+    clipping = Unclipped()  # the bound of the round, which may follow norms, is put on whatever leaves (`bounded`)
+    losses, parts = session.losses_along(model, config, device), setting_of(config).parts
+    return Probing(zeroth_order.build(model.eval(), config.method, losses, clipping, key, parts), data, pad)
 
 
 def in_process(client: Client | Sites) -> Carrier:
@@ -256,7 +293,8 @@ def in_process(client: Client | Sites) -> Carrier:
 def what_devices_do(config: Config) -> dict[str, object]:
     """The part of a configuration that a device must have in common with the server."""
     setting = setting_of(config).model_dump(mode="json")
-    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in ("sites", "noise", "dropouts", "masks")}
+    others = ("sites", "noise", "dropouts", "masks", "parts", "embedding_rows")
+    local = {k: v for k, v in setting.items() if k.startswith("local_") or k in others}
     local["expected_batch_size"] = config.run.expected_batch_size
     return {**local, "method": config.method.model_dump(mode="json"), "task": config.data.task}
 

@@ -127,8 +127,13 @@ class SottoStrategy(Strategy):
         return self.session.step >= self.session.plan.steps or not self.session.stop_requested
 
     def _meet(self, grid: Grid) -> None:
-        """Asks nodes that are new which users they have."""
-        new = [node for node in grid.get_node_ids() if node not in self._homes and node not in self._left_out]
+        """Asks nodes that are new which users they have. One that is gone has none until it comes back.
+
+        A node that is started again may have another number, and its users would else be those of the old one forever.
+        """
+        online = set(grid.get_node_ids())
+        self._homes = {node: users for node, users in self._homes.items() if node in online}
+        new = [node for node in sorted(online) if node not in self._homes and node not in self._left_out]
         if not new:
             return
         facts = messages.agreement_record(self.agreement)

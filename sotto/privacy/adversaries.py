@@ -55,6 +55,11 @@ def most_answers(registered: int, sampling_prob: float) -> int:
     return int(importlib.import_module("scipy.stats").binom.isf(1e-12, registered, sampling_prob))
 
 
+def most_draws(steps: int, sampling_prob: float) -> int:
+    """The number of rounds that one user is not drawn in more of, but with probability below 10^-12."""
+    return int(importlib.import_module("scipy.stats").binom.isf(1e-12, steps, sampling_prob))
+
+
 def lost_rounds(plan: Plan) -> float:
     """Probability that a round draws fewer users than can be unmasked: masks need as many as carry the noise.
 
@@ -155,7 +160,7 @@ def _with_masks(plan: Plan, rounds: int) -> list[Adversary]:
 def _noised(plan: Plan, noise_multiplier: float, rounds: int) -> float:
     """Epsilon of so many sums with this noise, for who knows which users, or sites, are in them."""
     assert plan.setting is not None
-    if plan.setting["sites"] is None:
-        return accounting.composed_epsilon([(Gaussian(noise_multiplier), rounds)], plan.delta)
-    event = PoissonGaussian(noise_multiplier, plan.sampling_prob)
+    event: Gaussian | PoissonGaussian = Gaussian(noise_multiplier)
+    if plan.setting["sites"] is not None:
+        event = PoissonGaussian(noise_multiplier, plan.sampling_prob)
     return accounting.composed_epsilon([(event, rounds)], plan.delta, plan.neighboring_relation)

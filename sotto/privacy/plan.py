@@ -92,6 +92,11 @@ class Plan:
         return self.not_private is None
 
     @property
+    def parts(self) -> int:
+        """Into how many parts the trained tensors are split, of which a unit looks at one in each step."""
+        return (self.setting or {}).get("parts", 1)
+
+    @property
     def total_steps(self) -> int:
         """Steps that the budget pays for. The step after the last of them is never taken."""
         return self.steps + self.spare_steps

@@ -241,12 +241,15 @@ def _clipping(plan: Plan) -> str:
     what = "each layer of its gradient, so that the whole had" if plan.layerwise else "its gradient to"
     if plan.setting and plan.setting["sites"] is None:
         codec = "" if plan.setting["codec"] == "none" else f", encoded as {plan.setting['latent']:,} numbers,"
-        what = f"what its device would change of the weights{codec} to"
+        rows = plan.setting.get("embedding_rows")
+        some = f", of the token embedding {rows:,} rows that are public," if rows else ""
+        what = f"what its device would change of the weights{some}{codec} to"
     if plan.probes:
-        numbers = "the change of its loss along one public random direction to"
+        within = f" within one of {plan.parts} parts of the weights, by a public draw," if plan.parts > 1 else ""
+        what = f"the change of its loss along one public random direction{within} to"
         if plan.probes > 1:
-            numbers = f"the {plan.probes} changes of its loss along public random directions, as one vector, to"
-        what = numbers
+            along = f"along public random directions{within or ','} as one vector, to"
+            what = f"the {plan.probes} changes of its loss {along}"
     norm = "an L1 norm" if plan.pure else "a norm"
     bound = f"{norm} of at most {plan.clip_norm:g} ({plan.clipping} clipping)"
     if plan.clipping == "adaptive":
@@ -289,7 +292,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "clip_norm": plan.clip_norm,
         "clipping": plan.clipping,
         "layerwise": plan.layerwise,
-        "numbers_released_per_step": plan.probes or None,
+        "numbers_released_per_step": plan.probes * plan.parts or None,
         "expected_batch_size": plan.expected_batch_size,
         "epsilon_without_amplification": plan.unamplified_epsilon,
         "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),

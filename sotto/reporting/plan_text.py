@@ -86,10 +86,13 @@ def _probes(plan: Plan) -> list[str]:
     A unit's K numbers are no longer than the clip norm together, so neither is their mean; the noise is known. With
     fewer looks than weights a run learns only what lies in the few dimensions it has seen.
     """
-    forwards, looks = plan.passes * plan.steps * plan.expected_batch_size, plan.probes * plan.steps
-    longest = plan.expected_batch_size / (plan.noise_multiplier * (plan.probes if plan.pure else plan.probes**0.5))
+    forwards, looks = plan.passes * plan.steps * plan.expected_batch_size, plan.probes * plan.parts * plan.steps
+    root = plan.probes if plan.pure else plan.probes**0.5
+    # Each part is seen by so many fewer units: their numbers add up to less, and each part has noise of its own.
+    longest = plan.expected_batch_size / (plan.noise_multiplier * root * plan.parts)
+    each = f" in each of {plan.parts} parts" if plan.parts > 1 else ""
     lines = [
-        f"probes           {plan.probes} directions in a step: about {forwards:,} forward passes of an example",
+        f"probes           {plan.probes} directions in a step{each}: about {forwards:,} forward passes of an example",
         f"{'':<16} the signal of a step is at most {longest:,.{0 if longest > 9 else 1}f} times its noise",
         f"updates          {plan.optimizer}, learning rate {plan.learning_rate:.3g}"
         + (f" = {plan.learning_rate * plan.clip_norm:.3g} / clip_norm" if plan.optimizer == "sgd" else ""),

@@ -42,6 +42,7 @@ import torch
 
 from sotto.errors import SottoError, did_you_mean
 from sotto.zeroth_order import counter, laws, walsh
+from sotto.zeroth_order.parts import split_in_order
 
 LAWS = ("rademacher", "gaussian", "sphere", "orthogonal")
 CHUNK = 1 << 18
@@ -100,6 +101,8 @@ class Directions:
       classes: names of tensors whose directions add up to zero over the first axis.
       centred: whether the loss is taken on one side of each direction, and compared with the mean over the K of them
         (`probes`); else on both sides.
+      parts: into how many parts the tensors are split (`parts`); a probe looks at one part alone.
+      part: tensor name -> the number of its part.
       size: d, the number of dimensions in which the weights are moved.
     """
 
@@ -112,12 +115,13 @@ class Directions:
         masks: Mapping[str, torch.Tensor] | None = None,
         classes: Collection[str] = (),
         centred: bool = False,
+        parts: int = 1,
     ):
         """Sets up the directions; draws nothing.
 
         Raises:
           SottoError: SOT650, K is not a whole number of at least 1 (of at least 2 where `centred`), nothing is to be
-            perturbed, or a mask or a name in `classes` does not fit.
+            perturbed, a mask or a name in `classes` does not fit, or there are more parts than tensors.
         """
         if not _is_count(count, 1):
             raise bad_argument("probes", count, "a step learns from at least one direction", "give a whole number >= 1")
@@ -131,6 +135,7 @@ class Directions:
         self.size = sum(int(self.masks[n].sum()) if n in self.masks else self._drawn(n) for n in self.shapes)
         if self.size == 0:
             raise bad_argument("shapes", {}, "there is nothing to perturb", "make some parameters trainable")
+        self.parts, self.part = parts, split_in_order({n: math.prod(s) for n, s in self.shapes.items()}, parts)
         self._keys: dict[tuple[str, str], int] = {}
         self._lengths: dict[tuple[int, int], float] = {}
         self._rows = walsh.Rows(key, {n: self._drawn(n) for n in self.shapes}, count)
@@ -171,7 +176,33 @@ class Directions:
     def is_low_rank(self, name: str) -> bool:
         return self.law.rank > 0 and len(self.shapes[name]) == 2
 
-    # ---- parts of a direction
+    @property
+    def width(self) -> int:
+        """How many numbers a step releases: K for each part."""
+        return self.parts * self.count
+
+    @property
+    def root(self) -> float:
+        """What a unit's derivatives are divided by, and its numbers again in an update: sqrt(independent / parts).
+
+        Over sqrt(K) the numbers of a unit are as long as its gradient, on average. A unit that looks within one part,
+        each being as likely, sees that part of the gradient alone; times the root of the number of parts its numbers
+        are as long on average, over the choice of the part, and updates are right on average.
+        """
+        return math.sqrt(self.independent / self.parts)
+
+    def part_for(self, step: int, unit: int) -> int:
+        """The part that a unit looks at in a step: a function of public things, and not of who else takes part.
+
+        Parts that were dealt out among those who were drawn would change for all of them with each one more, and so
+        would the sum, by far more than the bound of one unit.
+        """
+        if self.parts == 1:
+            return 0
+        seed = hashlib.sha256(f"part/{self.key}/{step}/{unit}".encode()).digest()
+        return int.from_bytes(seed, "little") % self.parts
+
+    # ---- pieces of a direction
 
     def slice(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device | None = None
@@ -316,7 +347,7 @@ class Directions:
 
     def spec(self) -> dict[str, Any]:
         """All that is needed to make the same directions again, for JSON. Masks are named by their hash."""
-        return {
+        spec = {
             "key": self.key,
             "law": self.law.kind,
             "rank": self.law.rank,
@@ -327,6 +358,7 @@ class Directions:
             "centred": self.centred,
             "rows": self._rows.count if self.law.kind == "orthogonal" else 0,
         }
+        return spec if self.parts == 1 else {**spec, "parts": self.parts}
 
 
 def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:

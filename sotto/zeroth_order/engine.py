@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
@@ -67,7 +68,7 @@ class ZerothOrder:
         """
         alone = getattr(model, "layers_stand_alone", True)
         self.prober = Prober(model, forward, directions, smoothing, sides=sides, reuse_prefix=alone)
-        self.release = Release(clipping, directions.count, order)
+        self.release = Release(clipping, directions.width, order)
         self.parameters, self.clipping, self.directions = self.prober.parameters, clipping, directions
         clipping.group_of([NAME])  # tells one whose bounds follow the norms that there is one group
 
@@ -75,7 +76,7 @@ class ZerothOrder:
         """The sum over no units at all."""
         return self.release.zeros()
 
-    def clipped_sum(self, batch: Batch, units: torch.Tensor | None, step: int) -> ClippedSum:
+    def clipped_sum(self, batch: Batch, units: torch.Tensor | None, step: int, part: int = 0) -> ClippedSum:
         """Probes a batch and adds up its units' clipped numbers.
 
         Args:
@@ -83,11 +84,14 @@ class ZerothOrder:
           units: (B,) integer that says to whom each row belongs; default: every row is a unit of its own. All rows of a
             unit must be in this batch.
           step: which directions.
+          part: which these units look at: of the numbers of all parts, theirs are those of this one, and the others 0.
 
         Raises:
-          SottoError: SOT651 to SOT654, the model or the loss cannot be probed.
+          SottoError: SOT651 to SOT654, SOT657, the model or the loss cannot be probed.
         """
-        return self.release.clipped_sum(self.prober.sketch(batch, step, units))
+        sketch_UK, before = self.prober.sketch(batch, step, units, part), part * self.directions.count
+        after = self.directions.width - before - self.directions.count
+        return self.release.clipped_sum(F.pad(sketch_UK, (before, after)) if before or after else sketch_UK)
 
     def check(self, batch: Batch) -> None:
         """Compares the passes of the probes with plain ones on a batch; see `probes.Prober.check`."""
@@ -101,17 +105,20 @@ class ZerothOrder:
         """There is nothing to take away from the model."""
 
 
-def build(model: nn.Module, method: MethodSection, forward: Forward, clipping: Clipping, key: str) -> ZerothOrder:
+def build(
+    model: nn.Module, method: MethodSection, forward: Forward, clipping: Clipping, key: str, parts: int = 1
+) -> ZerothOrder:
     """The engine of a configuration.
 
     Args:
       model: prepared for training, in evaluation mode.
       key: of the run's directions.
+      parts: of `Directions`.
     """
     return ZerothOrder(
         model,
         forward,
-        directions(model, method, key),
+        directions(model, method, key, parts),
         clipping,
         order=1 if method.laplace else 2,
         smoothing=method.zeroth_smoothing,
@@ -119,14 +126,14 @@ def build(model: nn.Module, method: MethodSection, forward: Forward, clipping: C
     )
 
 
-def directions(model: nn.Module, method: MethodSection, key: str) -> Directions:
+def directions(model: nn.Module, method: MethodSection, key: str, parts: int = 1) -> Directions:
     """The directions of a run: public, and a function of the key, the configuration and the untrained model."""
     parameters, preset = trainable(model), presets.PRESETS[method.zeroth_preset]
     kept = masks(model, parameters, preset.keep) if preset.keep < 1 else None
     law = Law(presets.law(method), method.zeroth_rank)
     shapes = {n: p.shape for n, p in parameters.items()}
     classes = scoring_weights(model, parameters) if preset.over_classes and law.rank == 0 else []
-    return Directions(key, shapes, method.probes, law, kept, classes, method.zeroth_centred)
+    return Directions(key, shapes, method.probes, law, kept, classes, method.zeroth_centred, parts)
 
 
 def scoring_weights(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str]:

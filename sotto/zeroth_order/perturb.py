@@ -154,7 +154,7 @@ class Perturbed(TorchFunctionMode):
         if name_of(func) == "embedding":
             return self._embedding(func, side, *args, **kwargs)
         if func is F.linear:
-            return self._linear(side, *args, **kwargs)
+            return self.linear(side, *args, **kwargs)
         return func(*self._move_all(args, side), **self._move_all(kwargs, side))
 
     def _move_all(self, value: Any, side: Side) -> Any:
@@ -184,7 +184,7 @@ class Perturbed(TorchFunctionMode):
             # float32 or better, and rounded once to the type of the weight.
             torch.add(source[start:stop], u, alpha=side.shift, out=target[start - first : stop - first])
 
-    def _linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
+    def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         name = self.names.get(id(weight))
         if name is not None and not self.directions.is_low_rank(name) and weight.numel() > BLOCK:
             return self._linear_in_blocks(name, side, input, weight, self.moved(bias, side))
@@ -229,9 +229,12 @@ class Perturbed(TorchFunctionMode):
         # Single rows cost more than rows one after another, which take a copy of the table.
         if 8 * len(rows_n) > len(weight) and weight.numel() <= BLOCK:
             return func(input, self.moved(weight, side), *args, **kwargs)
+        return F.embedding(place, self.moved_rows(name, weight, rows_n, side))
+
+    def moved_rows(self, name: str, table: torch.Tensor, rows_n: torch.Tensor, side: Side) -> torch.Tensor:
+        """(n, c) some rows of a table at this side."""
         u_nc = self.directions.rows(name, self.step, side.k, rows_n)
-        table_nc = torch.add(weight.detach()[rows_n], u_nc, alpha=side.shift).to(weight.dtype)
-        return F.embedding(place, table_nc)
+        return torch.add(table.detach()[rows_n], u_nc, alpha=side.shift).to(table.dtype)
 
 
 def _writes(what: str) -> SottoError:

@@ -16,6 +16,11 @@ place of the loss at theta costs no pass of its own, and takes away what the cur
 that add up to zero say K - 1 things, so the sketch is over sqrt(K - 1). Each example is compared with itself alone, and
 before clipping: sensitivity is as it was.
 
+With smoothing 0 the numbers are u_k . grad f_i itself (`tangents`): one pass of twice the work and memory each.
+
+Where the tensors are split into parts (`Directions.parts`), a probe moves the tensors of one part and looks along its
+directions alone; what lies below the first of them is computed once.
+
 Memory: one forward pass, one moved weight matrix, and B K numbers, whatever K is. Only these numbers have to be
 exchanged when the directions are shared out among processes (`probes`).
 
@@ -24,12 +29,12 @@ Shape legend: B examples, U units, K directions of a step.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from sotto.errors import SottoError
@@ -39,6 +44,7 @@ from sotto.zeroth_order.directions import Directions, bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side, require_deterministic
 from sotto.zeroth_order.prefix import Prefix, capture
 from sotto.zeroth_order.sides import Sides
+from sotto.zeroth_order.tangents import Tangents, derivatives
 
 Forward = Callable[[Batch], torch.Tensor]
 
@@ -72,18 +78,18 @@ class Prober:
           model: in evaluation mode, or without dropout.
           forward: batch -> (B,) losses, one for each row, in float32 or better.
           directions: for exactly the trainable parameters of the model.
-          smoothing: lambda, how far the weights are moved to either side; > 0.
-          sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`).
+          smoothing: lambda, how far the weights are moved along a direction; 0 for derivatives.
+          sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`). 1 with smoothing 0.
           reuse_prefix: compute what lies below the first trainable weight once per batch.
 
         Raises:
-          SottoError: SOT401, smoothing is not positive; SOT650, sides is neither 1 nor even, or the directions are
+          SottoError: SOT401, smoothing is negative; SOT650, sides is neither 1 nor even, or the directions are
             those of other parameters; SOT651, the model drops out.
         """
-        self.smoothing = check_number("smoothing", smoothing, above=0)
-        if sides != 1 and (sides < 1 or sides % 2):
-            why = "the two losses of a direction belong in one pass"
-            raise bad_argument("sides", sides, why, "give 1, or an even number")
+        self.smoothing = check_number("smoothing", smoothing, at_least=0)
+        if sides != 1 and (sides < 1 or sides % 2 or smoothing == 0):
+            why = "the two losses of a direction belong in one pass, and a derivative has but one"
+            raise bad_argument("sides", sides, why, "give 1, or an even number with smoothing above 0")
         self.model, self.forward, self.directions, self.sides = model, forward, directions, sides
         self.reuse_prefix = reuse_prefix
         self.parameters = trainable(model)
@@ -94,28 +100,33 @@ class Prober:
 
     # ---- the numbers
 
-    def differences(self, batch: Batch, step: int, probes: Sequence[int] | None = None) -> torch.Tensor:
-        """(B, K) float64 finite differences of a batch's losses; not finite where a loss is not.
+    def differences(self, batch: Batch, step: int, probes: Sequence[int] | None = None, part: int = 0) -> torch.Tensor:
+        """(B, K) float64 finite differences of a batch's losses, or derivatives; not finite where a loss is not.
 
         Args:
           batch: tensors with B rows each.
           step: which directions.
           probes: which of the K directions; default all. The result has one column for each. Of centred differences
             this is the half that needs a model, f_i(theta + lambda u_k) / lambda: `sketch` takes the mean away.
+          part: whose tensors are moved.
 
         Raises:
-          SottoError: SOT651 to SOT654, the model or the loss cannot be probed.
+          SottoError: SOT651 to SOT654, the model or the loss cannot be probed; SOT657, it has no forward derivative.
         """
         chosen = range(self.directions.count) if probes is None else probes
-        smoothing, signs = self.smoothing, (1.0,) if self.directions.centred else (1.0, -1.0)
-        points = [Side(k, sign * smoothing) for k in chosen for sign in signs]
-        rows = _rows(batch)
+        smoothing, rows, moved = self.smoothing, _rows(batch), self.moved(part)
         with torch.no_grad():
-            prefix = capture(self.model, self.parameters, self.forward, batch) if self.reuse_prefix else None
+            prefix = capture(self.model, moved, self.forward, batch) if self.reuse_prefix else None
+            if smoothing == 0:
+                found = [self._derivatives(batch, rows, Tangents(moved, self.directions, step, k), prefix)[1]
+                         for k in chosen]  # fmt: skip
+                return torch.stack(found, 1) if found else torch.zeros(rows, 0, dtype=torch.float64)
+            signs = (1.0,) if self.directions.centred else (1.0, -1.0)
+            points = [Side(k, sign * smoothing) for k in chosen for sign in signs]
             losses_sB = [
                 losses
                 for start in range(0, len(points), self.sides)
-                for losses in self._losses(batch, rows, step, points[start : start + self.sides], prefix)
+                for losses in self._losses(batch, rows, step, points[start : start + self.sides], prefix, moved)
             ]
         if not losses_sB:
             return torch.zeros(rows, 0, dtype=torch.float64)
@@ -124,21 +135,32 @@ class Prober:
         losses_BK2 = torch.stack(losses_sB, 1).view(rows, -1, 2)
         return (losses_BK2[..., 0] - losses_BK2[..., 1]) / (2 * smoothing)
 
-    def sketch(self, batch: Batch, step: int, units: torch.Tensor | None = None) -> torch.Tensor:
-        """(U, K) sketch of each unit's summed gradient: its examples' differences added up, over sqrt(K) (or K - 1).
+    def sketch(self, batch: Batch, step: int, units: torch.Tensor | None = None, part: int = 0) -> torch.Tensor:
+        """(U, K) sketch of each unit's summed gradient: its examples' differences added up, over `directions.root`.
 
         Args:
           units: (B,) integer that says to whom each row belongs; default: every row is a unit of its own. All rows of a
             unit must be in this batch.
+          part: which these units look at.
         """
-        d_BK = self.differences(batch, step)
+        d_BK = self.differences(batch, step, part=part)
         if self.directions.centred:
             d_BK = d_BK - d_BK.mean(1, keepdim=True)
         rows = Rows.build(len(d_BK), units, d_BK.device)
-        return rows.add_up(d_BK) / math.sqrt(self.directions.independent)
+        return rows.add_up(d_BK) / self.directions.root
+
+    def moved(self, part: int) -> dict[str, nn.Parameter]:
+        """Name -> those parameters that a probe of this part moves."""
+        return {name: p for name, p in self.parameters.items() if self.directions.part[name] == part}
 
     def _losses(
-        self, batch: Batch, rows: int, step: int, sides: Sequence[Side], prefix: Prefix | None
+        self,
+        batch: Batch,
+        rows: int,
+        step: int,
+        sides: Sequence[Side],
+        prefix: Prefix | None,
+        moved: Mapping[str, nn.Parameter],
     ) -> list[torch.Tensor]:
         """(B,) float64 losses for each side."""
         repeats = len(sides)
@@ -146,12 +168,24 @@ class Prober:
             if prefix is not None:
                 stack.enter_context(prefix.replay(repeats))
             if repeats == 1:
-                stack.enter_context(Perturbed(self.parameters, self.directions, step, sides))
+                stack.enter_context(Perturbed(moved, self.directions, step, sides))
             else:
-                stack.enter_context(Sides(self.parameters, self.directions, step, sides, rows))
+                stack.enter_context(Sides(moved, self.directions, step, sides, rows))
                 batch = {name: x.expand(repeats, *x.shape).flatten(0, 1) for name, x in batch.items()}
             losses = self.forward(batch)
         return list(_per_example(losses, repeats * rows).double().chunk(repeats))
+
+    def _derivatives(
+        self, batch: Batch, rows: int, tangents: Tangents, prefix: Prefix | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) float64 losses, and their derivatives along a direction."""
+        with ExitStack() as stack:
+            if prefix is not None:
+                stack.enter_context(prefix.replay(1))
+            read = stack.enter_context(derivatives())
+            with tangents:
+                losses = _per_example(self.forward(batch), rows)
+            return forward_ad.unpack_dual(losses).primal.double(), read(losses).double()
 
     # ---- what has to hold
 
@@ -161,26 +195,37 @@ class Prober:
         As the probes do it (prefix and sides included); with the weights really replaced (one more copy of the
         trainable weights, for this once); and a few rows alone. This finds losses that are averaged over the batch,
         examples that influence one another, weights that are read out of sight, and a kept prefix that is wrong.
+        Derivatives are compared as well, with those of duals that are really put in the place of the weights.
 
         Raises:
           SottoError: SOT652, the loss is not one number per example, or depends on the other rows; SOT655, the passes
             differ.
         """
-        rows, shift = _rows(batch), max(self.smoothing, CHECK_SHIFT)
+        rows, shift, all_ = _rows(batch), max(self.smoothing, CHECK_SHIFT), self.parameters
         points = [Side(0, shift), Side(0, -shift)][: self.sides]
         with torch.no_grad():
-            prefix = capture(self.model, self.parameters, self.forward, batch) if self.reuse_prefix else None
-            fast = self._losses(batch, rows, step, points, prefix)[0]
-            plain = self._losses(batch, rows, step, points[:1], None)[0]
-            moved = Perturbed(self.parameters, self.directions, step, points[:1])
-            really = {name: moved.moved(p, points[0]) for name, p in self.parameters.items()}
+            prefix = capture(self.model, all_, self.forward, batch) if self.reuse_prefix else None
+            fast = self._losses(batch, rows, step, points, prefix, all_)[0]
+            plain = self._losses(batch, rows, step, points[:1], None, all_)[0]
+            moved = Perturbed(all_, self.directions, step, points[:1])
+            really = {name: moved.moved(p, points[0]) for name, p in all_.items()}
             truth = _per_example(self._forward_with(really, batch), rows).double()
             del really
             for row in sorted({0, rows // 2, rows - 1})[:_CHECKED_ROWS]:
                 alone = {name: x[row : row + 1] for name, x in batch.items()}
-                self._require_same(plain[row : row + 1], self._losses(alone, 1, step, points[:1], None)[0], _coupled())
-        self._require_same(truth, plain, _differ("one perturbed weight at a time"))
-        self._require_same(truth, fast, _differ("the kept prefix or several sides at once"))
+                same = self._losses(alone, 1, step, points[:1], None, all_)[0]
+                self._require_same(plain[row : row + 1], same, _coupled())
+            self._require_same(truth, plain, _differ("one perturbed weight at a time"))
+            self._require_same(truth, fast, _differ("the kept prefix or several sides at once"))
+            if self.smoothing == 0:
+                self._check_derivatives(batch, rows, Tangents(all_, self.directions, step, 0), prefix)
+
+    def _check_derivatives(self, batch: Batch, rows: int, tangents: Tangents, prefix: Prefix | None) -> None:
+        _, found = self._derivatives(batch, rows, tangents, prefix)
+        with derivatives() as read:
+            duals = {name: tangents.moved(p, tangents.sides[0]) for name, p in self.parameters.items()}
+            truth = read(self._forward_with(duals, batch)).double()
+        self._require_same(truth, found, _differ("a tangent in the place of each weight"))
 
     def _forward_with(self, weights: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         holder = _Holder(self.model, self.forward)

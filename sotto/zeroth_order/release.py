@@ -26,7 +26,7 @@ class Release:
     Attributes:
       clipping: of the whole vector; its sensitivity is that of the sum.
       order: the norm in which vectors are clipped: 2 for Gaussian noise, 1 for Laplace noise.
-      count: K.
+      count: how many numbers a step releases: K, for each part.
     """
 
     def __init__(self, clipping: Clipping, count: int, order: int = 2):

@@ -1,6 +1,7 @@
 """From released numbers to weights, and from their log to the same weights again.
 
-A step's release is K numbers g. The gradient that they stand for is sum_k g_k u_k / sqrt(K): for numbers that were not
+A step's release is K numbers g, for each part of the tensors. The gradient that they stand for is, in each part,
+sum_k g_k u_k / sqrt(K), times the root of the number of parts: for numbers that were not
 clipped its mean over directions is the gradient of the smoothed loss, and noise of deviation s on each number becomes
 noise of deviation s on each weight, whatever K is. Centred numbers (`probes`) added up to zero before there was noise
 on them: their mean is noise alone and is taken away, and the rest is over sqrt(K - 1). SGD, momentum and AdamW on it
@@ -43,7 +44,7 @@ class Updates:
     """Applies releases to the weights, and keeps their log. It has the interface of `sotto.optim.Optimizer`.
 
     Attributes:
-      log: a (K,) float32 tensor for each step so far.
+      log: a float32 tensor of released numbers for each step so far.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Updates:
         self.log: list[torch.Tensor] = []
 
     def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
-        """Applies one release: `update["directions"]` is (K,). Steps come one after another, from 0."""
+        """Applies one release: `update["directions"]` is (K,), of each part. Steps come one after another, from 0."""
         assert step == len(self.log)
         assert self.start is not None  # taken now if nobody has asked for it: from here on the weights are others
         g_K = update[NAME].detach().float().cpu()
@@ -97,11 +98,12 @@ class Updates:
                 average.add_(self.parameters[name].sub(average).mul_(1 - decay))
 
     def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
-        """(e,) elements of sum_k g_k u_k / sqrt(K), or / sqrt(K - 1)."""
-        total, numbers = None, g_K.double().tolist()
+        """(e,) elements of sum_k g_k u_k / root, of the numbers of this tensor's part."""
+        total, first = None, self.directions.part[name] * self.directions.count
+        numbers = g_K[first : first + self.directions.count].double().tolist()
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
         for k, number in enumerate(numbers):
-            g = (number - mean) / math.sqrt(self.directions.independent)
+            g = (number - mean) / self.directions.root
             part = self.directions.slice(name, step, k, at.start, at.stop, like.device).to(like.dtype).mul_(g)
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -140,7 +142,7 @@ class Updates:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The log, (steps, K) float32, and the fingerprint of the start: all that a checkpoint needs."""
-        log = torch.stack(self.log) if self.log else torch.zeros(0, self.directions.count)
+        log = torch.stack(self.log) if self.log else torch.zeros(0, self.directions.width)
         return {LOG: log, START: self.start}
 
     def restore(self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -155,7 +157,7 @@ class Updates:
         """
         log, start = tensors.get(LOG), tensors.get(START)
         known = start is not None and torch.equal(start, self.start) and not (self.log or weights)
-        if not known or log is None or log.dim() != 2 or log.shape[1] != self.directions.count:
+        if not known or log is None or log.dim() != 2 or log.shape[1] != self.directions.width:
             raise SottoError(
                 "SOT656", what="the log of releases belongs to other weights or directions", where="checkpoints",
                 why="replayed on another start it gives weights that were never trained",

@@ -11,13 +11,14 @@ import torch
 from mutant import caught_by, wrapped
 
 from sotto.federated import client as clients
-from sotto.federated import cohort, device, messages, policy, shares
+from sotto.federated import cohort, device, messages, policy, public_text, shares
 from sotto.federated.codec import Srht
 from sotto.federated.cohort import Cohort
 from sotto.federated.policy import Attendance
 from sotto.federated.shares import Shares
 from sotto.federated.strategy import SottoStrategy
 from sotto.gradients.clipping import Adaptive
+from sotto.privacy import adversaries
 
 CORE = "test_federated_core.py::"
 CODECS = "test_federated_codecs.py::"
@@ -157,3 +158,32 @@ def replies_of_other_rounds_count(m: pytest.MonkeyPatch) -> None:
             yield from messages.vectors_of(reply, users, self._engine.codec.size, "float32")
 
     m.setattr(SottoStrategy, "_answers", answers)
+
+
+@caught_by("test_federated_run.py::test_numbers_of_all_adversaries_are_of_the_relation_of_the_run", 24)
+def the_numbers_of_who_sees_messages_forget_the_relation(m: pytest.MonkeyPatch) -> None:
+    """Under replace_one a message moves by twice the bound, and the statement counts it once."""
+
+    def noised(right: Any, plan: Any, *rest: Any) -> float:
+        return right(dataclasses.replace(plan, neighboring_relation="add_or_remove_one"), *rest)
+
+    wrapped(m, adversaries, "_noised", noised)
+
+
+@caught_by(FLOWER + "test_a_server_that_begins_again_under_another_name_is_found_out", 20)
+def a_device_forgets_earlier_runs(m: pytest.MonkeyPatch) -> None:
+    """Each new name of a run has the whole allowance of its owner."""
+    m.setattr(Attendance, "admit", lambda self, run, agreement, rules: None)
+
+
+@caught_by(FLOWER + "test_a_user_who_is_drawn_too_often_for_the_announced_probability_stops_answering", 1)
+def a_device_believes_any_sampling(m: pytest.MonkeyPatch) -> None:
+    """A server announces that it hardly ever asks, which makes epsilon small, and asks in every round."""
+    m.setattr(device, "most_draws", lambda steps, sampling_prob: steps)
+
+
+@caught_by("test_federated_rows.py::test_the_users_own_text_is_no_public_text", 21)
+def private_text_passes_for_public(m: pytest.MonkeyPatch) -> None:
+    """Directions and rows are made of the users' own text, and sent to everybody."""
+    m.setattr(public_text, "_same_file", lambda a, b: False)
+    m.setattr(public_text, "MOST_SHARED", 1.0)
