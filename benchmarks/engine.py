@@ -87,20 +87,25 @@ def build(kind: str, trained: str) -> Any:
 
 
 def methods(model: Any, trained: str) -> Any:
-    """As a run prepares it: `lora`, `side`, `reversible`, `reversible-stored`, ..."""
+    """As a run prepares it: `lora`, `lora_int8`, `side`, `reversible`, `reversible_stored`, ..."""
     import torch
 
     from sotto.config import MethodSection
     from sotto.models.trainable import prepare
 
-    name, _, streams = trained.partition("_")
-    extra = {"reversible_streams": streams} if streams else {}
     torch.manual_seed(0)
-    model = prepare(model, MethodSection.model_validate({"train": name, **extra}))
+    model = prepare(model, MethodSection.model_validate(options(trained)))
     for path, p in model.named_parameters():  # what starts at zero would leave the rest without a gradient
         if "lora_B" in path or path.endswith("side.up.weight"):
             p.data.normal_(std=0.02)
     return model.train()
+
+
+def options(trained: str) -> dict[str, str]:
+    """The method that a name stands for: what is trained, and how streams or frozen weights are kept."""
+    name, _, kept = trained.partition("_")
+    key = "reversible_streams" if name == "reversible" else "frozen_weights"
+    return {"train": name} | ({key: kept} if kept else {})
 
 
 class Task:

@@ -5,8 +5,8 @@
 A RoBERTa-large-shaped classifier (or, with `gpt2l`, a GPT-2-large-shaped language model) with random weights, T=128,
 measured as `benchmarks/engine.py` does: every row has a process of its own, memory is the high-water mark of a step
 above the built model, time is a step's CPU seconds; ratios are to the first row. A row is what is trained and the
-algorithm; `reversible_stored` names the streams. `--predicted` runs nothing: it prints what `sotto memory` says of the
-same shape, for models that a machine cannot hold.
+algorithm; `reversible_stored` names the streams, `lora_int8` how frozen weights are kept. With `--predicted` nothing is
+run: it prints what `sotto memory` says of the same shape, for models that a machine cannot hold.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine import SHAPES, Child
+from engine import SHAPES, Child, options
 
 TITLES = {"roberta": "RoBERTa-large shape", "gpt2l": "GPT-2-large shape"}
 
@@ -24,7 +25,7 @@ ROWS = ("lora:book_keeping", "full:book_keeping", "bitfit:book_keeping", "side:b
         "reversible_stored:book_keeping")  # fmt: skip
 
 
-def predict(kind: str, layers: int, batch: int, names: list[str]) -> None:
+def predict(kind: str, layers: int, batch: int, names: Sequence[str]) -> None:
     """The forecast of each row, from a config.json alone."""
     import torch
     from transformers import GPT2Config, RobertaConfig
@@ -46,8 +47,7 @@ def predict(kind: str, layers: int, batch: int, names: list[str]) -> None:
         (Path(folder) / "config.json").write_text(shape.to_json_string(use_diff=False))
         for name in names:
             trained, algorithm = name.split(":")
-            train, _, streams = trained.partition("_")
-            method = {"train": train, "gradient": algorithm} | ({"reversible_streams": streams} if streams else {})
+            method = options(trained) | {"gradient": algorithm}
             values = {"model": {"name": folder}, "data": data, "method": method,
                       "privacy": {"unit": "record", "num_units": 1000, "epsilon": 8},
                       "run": {"expected_batch_size": batch, "steps": 3, "device": "cpu"}}  # fmt: skip

@@ -4,8 +4,9 @@
 
 The recipe's run with `method.train` set to full, lora, bitfit, side and reversible, at the learning rates of `RATES`
 (or those given with `--rate`). Each row has a process of its own, and a second one of three steps for the peak above
-the built model, in which memory that is freed is given back at once. Seconds are CPU seconds of a step, the median.
-`cached` is `side` with stored outputs of the frozen model; its seconds are those of steps after they were stored.
+the built model, in which memory that is freed is given back at once; with `--once` it is the run itself. Seconds are
+CPU seconds of a step, the median. `cached` is `side` with stored outputs of the frozen model; its seconds are those of
+steps after they were stored.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
         run = commands.run_session(begun, progress)
         scores = commands.evaluate(run.path)
-        return {"epsilon": run.epsilon, "seconds": statistics.median(seconds[1:]), "steps": len(seconds), **scores}
+        cost = {"seconds": statistics.median(seconds[1:]), "steps": len(seconds), "mebibytes": max(peaks)}
+        return {"epsilon": run.epsilon, **cost, **scores}
 
 
 def row(method: str, epsilon: str, rate: float, args: argparse.Namespace, memory: bool) -> dict[str, Any]:
@@ -76,8 +78,8 @@ def row(method: str, epsilon: str, rate: float, args: argparse.Namespace, memory
     changes = [f"privacy.epsilon={epsilon}", f"run.learning_rate={rate}", *args.set]
     command = [sys.executable, __file__, str(args.recipe), "--child", method, "--threads", str(args.threads)]
     command += [word for change in changes for word in ("--set", change)] + ["--memory"] * memory
-    done = subprocess.run(command, env=environment | (HONEST_MALLOC if memory else {}), text=True,
-                          capture_output=True, check=False)  # fmt: skip
+    honest = HONEST_MALLOC if memory or args.once else {}
+    done = subprocess.run(command, env=environment | honest, text=True, capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=METHODS)
     parser.add_argument("--rate", action="append", type=float, help="learning rates to try; default: one a method")
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--once", action="store_true", help="memory and time of one run: less to wait for")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -103,9 +106,11 @@ def main() -> None:
         peak = None
         for epsilon in args.epsilon or ["2", "8"]:
             for rate in args.rate or [RATES[args.recipe.stem][method]]:
-                peak = peak or row(method, epsilon, rate, args, True)["mebibytes"]
+                if not args.once:
+                    peak = peak or row(method, epsilon, rate, args, True)["mebibytes"]
                 found = row(method, epsilon, rate, args, False)
-                spent, seconds, steps = (found.pop(name) for name in ("epsilon", "seconds", "steps"))
+                spent, seconds, steps, most = (found.pop(n) for n in ("epsilon", "seconds", "steps", "mebibytes"))
+                peak = most if args.once else peak
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
                 spent = "none" if spent is None else f"{spent:.2f}"
                 print(

@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             what="The checkpoint is quantised.",
             where=f"{file}: quantization_config",
             why="Sotto trains and clips in float32; gradients through packed weights are not exact.",
-            fix="Use the unquantised checkpoint of the same model.",
+            fix="Use the unquantised checkpoint of the same model; method.frozen_weights: int8 rounds it here.",
         )
     return values
 
