@@ -11,7 +11,7 @@ import torch
 from mutant import caught_by, wrapped
 
 from sotto.federated import client as clients
-from sotto.federated import cohort, device, messages, policy, shares
+from sotto.federated import cohort, device, messages, policy, shares, site
 from sotto.federated.codec import Srht
 from sotto.federated.cohort import Cohort
 from sotto.federated.policy import Attendance
@@ -157,3 +157,9 @@ def replies_of_other_rounds_count(m: pytest.MonkeyPatch) -> None:
             yield from messages.vectors_of(reply, users, self._engine.codec.size, "float32")
 
     m.setattr(SottoStrategy, "_answers", answers)
+
+
+@caught_by("test_federated_run.py::test_every_draw_of_a_site_has_a_fresh_key", 14)
+def a_site_keeps_its_sampling_key(m: pytest.MonkeyPatch) -> None:
+    """A round that is asked for twice draws the same units twice, and whoever has the key knows all of them."""
+    m.setattr(site.secrets, "token_bytes", lambda size: bytes(range(size)))
