@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait sleep instead of spinning: several times faster where other programs want the cores too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test lint types unit test-slow fuzz crash test-gpu sbom vulnerabilities lock format clean
+.PHONY: install demo test lint types unit test-slow fuzz fuzz-coverage crash test-gpu sbom vulnerabilities lock format clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,14 @@ test-slow: install
 
 fuzz: install
 	SOTTO_FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest tests/test_fuzz.py tests/test_fuzz_files.py
+
+# The same readers under atheris, which looks for inputs that reach new code; SECONDS for each.
+fuzz-coverage: install .venv-tools/.installed
+	@export PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	for target in $(or $(TARGETS),$$(.venv-tools/bin/python tests/coverage_fuzz.py --list 2>/dev/null)); do \
+		echo "== $$target"; .venv-tools/bin/python tests/coverage_fuzz.py $$target \
+			-max_total_time=$(or $(SECONDS),60) -rss_limit_mb=4000 -print_final_stats=1 2>&1 | tail -n 12 || exit 1; \
+	done
 
 crash: install
 	cd tests && ../$(BIN)/python crash.py --kills $(or $(KILLS),200)

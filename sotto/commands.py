@@ -236,6 +236,7 @@ def audit(
     plant: int | None = None,
     limit: int = 2000,
     confidence: float = 0.95,
+    kind: Literal["input", "new_token", "gradient"] = "input",
 ) -> AuditReport | SplitReport:
     """Attacks one's own training, and sets what the attack proves beside what was promised.
 
@@ -244,10 +245,12 @@ def audit(
         run folder: its model is attacked with the training data and `data.eval`; the numbers are private. Or the
         configuration of a split run: what the customer would send is attacked; these numbers are private too.
       canaries: how many, for a configuration.
-      plant: for a configuration: trains it instead, charged like any run, with half of so many canaries of random
-        tokens among the units, and attacks the result.
+      plant: for a configuration: trains it instead, charged like any run, with half of so many canaries among the
+        units, and attacks the result.
       limit: examples of each kind, for a run; texts that the attackers know, for a split run.
       confidence: of the lower bounds.
+      kind: of planted canaries: random tokens, tokens that the model did not know before, or gradients of known
+        direction, which are the worst case.
 
     Returns:
       The report; `report.bug` says that the attack refutes the promise.
@@ -264,7 +267,7 @@ def audit(
     if plant is not None:
         from sotto.auditing.planting import audit_by_planting
 
-        return audit_by_planting(config, plant, confidence)
+        return audit_by_planting(config, plant, confidence, kind)
     from sotto.auditing.mechanism import audit_mechanism
 
     return audit_mechanism(config, canaries, confidence)

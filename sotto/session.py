@@ -48,7 +48,7 @@ from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
 from sotto.rundir import RunDir, require_writable
 from sotto.settled import SETTLED, require_known_steps, require_same_configuration, require_same_name, settle
-from sotto.training import Mechanism, Session, check_gradients
+from sotto.training import Mechanism, Planted, Session, check_gradients
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.directions import new_key
 from sotto.zeroth_order.engine import ZerothOrder
@@ -96,18 +96,22 @@ class Loaded:
     microbatch_size: int
     device: torch.device
     activations: ActivationCache | None = None
+    planted: Planted | None = None
 
 
-def load_parts(config: Config, directions_key: str, carrier: Carrier | None = None) -> Loaded:
+def load_parts(config: Config, directions_key: str, carrier: Carrier | None = None, new_tokens: int = 0) -> Loaded:
     """Reads the model and the data, and attaches the engine.
 
     Args:
       directions_key: the public key of the run's directions, with zeroth-order gradients, or of its codec.
       carrier: takes orders to users whose text is elsewhere, in a federated run.
+      new_tokens: how many the model's vocabulary grows by, for audits.
     """
     device = distributed.device_of(config)
     size = memory_budget.microbatch_size(config, device)  # first: what does not fit is refused before anything is read
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
+    if new_tokens:
+        models_load.add_tokens(loaded.model, new_tokens, config.run.seed)
     data = load_dataset_for(config, loaded.tokenizer, "train") if carrier is None else federation.register(config)
     model = prepare(loaded.model, config.method, config.run.seed).to(device)
     if config.setting.kind == "federated":
@@ -164,6 +168,7 @@ def start(
     change: Callable[[Loaded], Loaded] = lambda parts: parts,
     carrier: Carrier | None = None,
     group: Group | None = None,
+    new_tokens: int = 0,
 ) -> Session:
     """Begins a new run: central, or the server's side of a federated one.
 
@@ -171,6 +176,7 @@ def start(
       change: what to make of model and data when they have been read, for audits.
       carrier: takes the orders of a federated run to users elsewhere; default: all text is here.
       group: the processes that compute it, this one first; default: this one alone.
+      new_tokens: as for `load_parts`.
     """
     require_one_loop(config)
     require_writable(config)
@@ -178,7 +184,7 @@ def start(
     plan = make_plan(config)
     debug = config.run.debug_noise_seed
     directions_key = new_key() if debug is None else hashlib.blake2b(f"directions {debug}".encode()).hexdigest()[:32]
-    parts = change(load_parts(config, directions_key, carrier))
+    parts = change(load_parts(config, directions_key, carrier, new_tokens))
     key = secrets.token_bytes(16) if debug is None else hashlib.blake2b(str(debug).encode(), digest_size=16).digest()
     run = RunDir.planned(config, stem)
     secret = {
@@ -335,6 +341,7 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
         optimizer=optimizer,
         device=parts.device,
         microbatch_size=parts.microbatch_size,
+        planted=parts.planted,
         checkpoint_every=config.run.checkpoint_every or _checkpoint_every(parts.engine, plan.steps),
         notes=federation.notes_of(parts.engine) if isinstance(parts.engine, Cohort) else [],
     )

@@ -58,6 +58,10 @@ class Budget(Protocol):
         ...
 
 
+Planted = Callable[[torch.Tensor, np.ndarray], torch.Tensor]
+"""What an audit makes of the (B,) losses of these examples, so that its canaries have the gradients that it wants."""
+
+
 class Holder(Protocol):
     """What is needed to sum over units: whoever has a model and text."""
 
@@ -69,6 +73,7 @@ class Holder(Protocol):
     device: torch.device
     microbatch_size: int
     activations: ActivationCache | None
+    planted: Planted | None
 
 
 @dataclass
@@ -97,6 +102,7 @@ class Session:
     """What a frozen model gave for each example, with `method.side_cache`."""
     followers: Followers | None = None
     """The other processes that compute this run."""
+    planted: Planted | None = None
     held: ExitStack = field(default_factory=ExitStack)
     """The lock on the run folder, from before the first file is read until the run ends."""
 
@@ -200,7 +206,8 @@ def losses_of(s: Holder, examples: np.ndarray) -> torch.Tensor:
     """(B,) losses of these examples, with their graph."""
     batch = batch_of(s, examples)
     with autocast(s.config, s.device), instead_of_layers(s, examples):
-        return forward_losses(s.model, batch, s.config.data.task)
+        losses_B = forward_losses(s.model, batch, s.config.data.task)
+    return losses_B if s.planted is None else s.planted(losses_B, examples)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ import sotto
 from sotto import cli
 from sotto import session as sessions
 from sotto.auditing import bounds, mechanism, planting
+from sotto.auditing import canaries as canary_units
 from sotto.auditing.bounds import clopper_pearson, gaussian, one_run, one_run_epsilon, rate_above, rate_below
 from sotto.config import Config
 from sotto.errors import SottoError
@@ -302,14 +303,14 @@ def test_planting_leaves_the_dataset_as_it_is(tmp_path: Path):
         config = tiny_runs.config(tmp_path, kind)
         parts = sessions.load_parts(config, "")
         data, generator = parts.data, np.random.default_rng(1)
-        canaries = planting.make(config, data, parts.tokenizer, 9, generator)
+        planted = canary_units.make(config, data, parts.tokenizer, 9, generator)
         chosen = np.array([1, 4, 8])
-        whole = planting.among(data, canaries, chosen)
+        whole = canary_units.among(data, planted, chosen)
         assert len(whole.units) == len(data.units) + 3
         assert whole.fingerprint == data.fingerprint, "it is charged to the same ledger"
         pad = parts.tokenizer.pad_token_id
         for unit in range(len(whole.units)):
-            of, index = (data, unit) if unit < len(data.units) else (canaries, chosen[unit - len(data.units)])
+            of, index = (data, unit) if unit < len(data.units) else (planted, chosen[unit - len(data.units)])
             examples, _ = whole.units.members_of(np.array([unit]))
             expected, _ = of.units.members_of(np.array([index]))
             first, second = whole.examples.collate(examples, pad), of.examples.collate(expected, pad)

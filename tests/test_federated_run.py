@@ -195,6 +195,20 @@ def test_a_site_that_lies_is_bounded_by_all_that_it_could_hold(tmp_path: Path):
     assert float(total.norm()) <= 60 * 1.0 * (1 + 1e-6)
 
 
+def test_every_draw_of_a_site_has_a_fresh_key(tmp_path: Path):
+    """Also when a round is asked for twice: else the same units would be under two releases, or known in advance."""
+    engine: Any = sessions.load_parts(config(tmp_path, SITES), "key").engine
+    sites = engine.carrier.__closure__[0].cell_contents._sites
+    samplers = [site._sampler(step, number) for number, site in enumerate(sites) for step in (0, 0, 1)]
+    assert len({sampler._key for sampler in samplers}) == len(samplers) == 9
+    assert all((s.num_units, s.sampling_prob, s.debug) == (20, 0.2, False) for s in samplers)
+    debug: Any = sessions.load_parts(config(tmp_path, SITES, run={"debug_noise_seed": 1}), "key").engine
+    sites = debug.carrier.__closure__[0].cell_contents._sites
+    repeated = [site._sampler(0, number) for number, site in enumerate(sites) for _ in "12"]
+    assert len({sampler._key for sampler in repeated}) == 3, "from the seed, and marked"
+    assert all(sampler.debug for sampler in repeated)
+
+
 def test_a_site_checks_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checked: list[int] = []
     right = training.check_gradients_of

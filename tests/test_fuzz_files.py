@@ -186,8 +186,11 @@ MODEL = json.dumps({"model_type": "bert", "architectures": ["BertModel"], "hidde
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return furnished(tmp_path_factory.mktemp("fuzz"))
+
+
+def furnished(folder: Path) -> Path:
     """A folder with a ledger of three steps, two checkpoints and a finished run."""
-    folder = tmp_path_factory.mktemp("fuzz")
     ledger, event = Ledger.open("clinic", folder), PoissonGaussian(1.0, 0.01)
     ledger.open_run("a", event, 9, delta=1e-5)
     for step in range(3):

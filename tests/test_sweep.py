@@ -19,6 +19,7 @@ from sotto.errors import SottoError
 from sotto.privacy import accounting, selection
 from sotto.privacy.accounting import PoissonGaussian
 from sotto.privacy.ledger import Ledger
+from sotto.privacy.plan import make_plan
 
 EVENT = PoissonGaussian(1.0, 0.01)
 
@@ -66,6 +67,20 @@ def test_a_choice_costs_more_than_one_trial_and_less_than_all():
     assert costs == sorted(costs)
     assert one < costs[0]
     assert costs[2] < accounting.epsilon(1.0, 0.01, 10_000, 1e-5)
+
+
+def test_the_price_covers_the_spare_steps_of_every_trial(tmp_path: Path):
+    """A trial that a crash interrupts takes them, and is still within what was paid for."""
+    run = {"steps": 40, "spare_steps": 40}
+    config = tiny_runs.config(tmp_path, run=run, data={"eval": "none.csv"})
+    planned, trial = sweeping.plan_sweep(config, {"run.learning_rate": ["1e-3", "3e-3"]})
+    plan = make_plan(trial)
+    assert plan.total_steps == 80
+    event = PoissonGaussian(plan.noise_multiplier, plan.sampling_prob)
+    asked = (plan.delta, planned.mean, planned.law)
+    assert planned.epsilon >= selection.epsilon(event, plan.total_steps, *asked) * (1 - 1e-9)
+    assert planned.epsilon > 1.1 * selection.epsilon(event, plan.steps, *asked), "the twin"
+    assert planned.epsilon <= config.privacy.epsilon
 
 
 def test_the_noise_is_the_least_that_fits():

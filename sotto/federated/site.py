@@ -49,6 +49,7 @@ class Site:
     shares: Shares | None
     noise: NoiseSource
     activations: ActivationCache | None = None
+    planted: None = None
     checked: bool = False
 
     def answer(self, order: Any, number: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from sotto.config import DataSection, MethodSection, ModelSection
 from sotto.errors import SottoError
 from sotto.models import support
-from sotto.models.pooling import load_pooled
+from sotto.models.pooling import MeanPooledClassifier, load_pooled
 from sotto.models.source import ModelFacts, inspect, resolve
 
 Task = Literal["classification", "generation"]
@@ -179,6 +179,17 @@ def zero_output_layer(model: nn.Module) -> list[str]:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+
+
+def add_tokens(model: nn.Module, count: int, seed: int) -> None:
+    """Gives the model's vocabulary `count` more tokens, which its tokenizer does not know, for audits.
+
+    Their rows are drawn like those of a new model, from the seed, and not from the rows that are there.
+    """
+    network = model.backbone if isinstance(model, MeanPooledClassifier) else model
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    with support.quiet(), support.seeded(seed):
+        network.resize_token_embeddings(rows + count, mean_resizing=False)  # type: ignore[operator]
 
 
 def _auto_class(facts: ModelFacts, task: Task) -> Any:

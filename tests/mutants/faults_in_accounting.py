@@ -11,6 +11,7 @@ import pytest
 from mutant import caught_by, wrapped
 
 from sotto import session as sessions
+from sotto import sweeping
 from sotto.data import load
 from sotto.privacy import accounting, bounds, chain, statement
 from sotto.privacy import plan as plans
@@ -352,3 +353,15 @@ def what_open_runs_have_planned_is_not_counted(m: pytest.MonkeyPatch) -> None:
 def another_name_is_another_dataset(m: pytest.MonkeyPatch) -> None:
     """A copy of the file, in another order, has a ledger of its own."""
     m.setattr(load, "sorted", list, raising=False)
+
+
+@caught_by("test_sweep.py::test_the_price_covers_the_spare_steps_of_every_trial", 18)
+def trials_of_a_sweep_are_priced_without_their_spare_steps(m: pytest.MonkeyPatch) -> None:
+    """The price of the choice counts the planned steps of each trial, and a crash makes one take more."""
+
+    right = sweeping.selection
+
+    def epsilon(event: Any, steps: int, *rest: Any) -> float:
+        return right.epsilon(event, steps // 2, *rest)  # half of the steps are spare ones in the test
+
+    m.setattr(sweeping, "selection", SimpleNamespace(**{**vars(right), "epsilon": epsilon}))

@@ -11,7 +11,7 @@ import torch
 from mutant import caught_by, wrapped
 
 from sotto.federated import client as clients
-from sotto.federated import cohort, device, messages, policy, public_text, shares
+from sotto.federated import cohort, device, messages, policy, public_text, shares, site
 from sotto.federated.codec import Srht
 from sotto.federated.cohort import Cohort
 from sotto.federated.policy import Attendance
@@ -187,3 +187,9 @@ def private_text_passes_for_public(m: pytest.MonkeyPatch) -> None:
     """Directions and rows are made of the users' own text, and sent to everybody."""
     m.setattr(public_text, "_same_file", lambda a, b: False)
     m.setattr(public_text, "MOST_SHARED", 1.0)
+
+
+@caught_by("test_federated_run.py::test_every_draw_of_a_site_has_a_fresh_key", 14)
+def a_site_keeps_its_sampling_key(m: pytest.MonkeyPatch) -> None:
+    """A round that is asked for twice draws the same units twice, and whoever has the key knows all of them."""
+    m.setattr(site.secrets, "token_bytes", lambda size: bytes(range(size)))
