@@ -98,13 +98,12 @@ class Updates:
 
     def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
         """(e,) elements of sum_k g_k u_k / sqrt(K), or / sqrt(K - 1)."""
-        total, numbers = None, g_K.double().tolist()
+        total, numbers = torch.zeros(at.stop - at.start, dtype=like.dtype, device=like.device), g_K.double().tolist()
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
         for k, number in enumerate(numbers):
             g = (number - mean) / math.sqrt(self.directions.independent)
-            part = self.directions.slice(name, step, k, at.start, at.stop, like.device).to(like.dtype).mul_(g)
-            total = part if total is None else total.add_(part)
-        assert total is not None
+            for start, stop, part in self.directions.pieces(name, step, k, at.start, at.stop, like.device):
+                total[start - at.start : stop - at.start].add_(part.to(like.dtype).mul_(g))
         return total
 
     def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
