@@ -10,7 +10,7 @@ noise and updates are those of `sotto train`, and so is the plan. `aggzo` has on
 with Laplace noise at pure epsilon 4.
 
 The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv and ag_news/test.csv, of which a
-tenth is held out.
+tenth is held out. `--write` writes a task's train.csv and eval.csv to a folder, for `benchmarks/methods.py`.
 """
 
 from __future__ import annotations
@@ -196,8 +196,14 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=512, help="so many records of each label; 0 for all")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="write the texts and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.write:
+        train, held = TASKS[args.task[0]](args.data)
+        write(args.write / "train.csv", few(train, args.few) if args.few else train)
+        write(args.write / "eval.csv", held)
+        return
     with tempfile.TemporaryDirectory() as name:
         for task in args.task or ["sst2", "sst5", "ag_news"]:
             begun = time.process_time()

@@ -193,6 +193,20 @@ def test_slices_and_rows_equal_the_whole(law, monkeypatch):
 
 
 @pytest.mark.parametrize("law", ALL, ids=str)
+def test_pieces_equal_slices(law, monkeypatch):
+    made = make(law, count=8)
+    whole = {name: made.tensor(name, 3, 5).flatten() for name in SHAPES}
+    monkeypatch.setattr(directions, "CHUNK", 160)
+    monkeypatch.setattr(directions, "PIECE", 64)
+    again = make(law, count=8)
+    for name, flat in whole.items():
+        for start, stop in ((0, len(flat)), (len(flat) // 3, len(flat) - 1), (len(flat) // 2, len(flat) // 2)):
+            parts = [(i, j, u.clone()) for i, j, u in again.pieces(name, 3, 5, start, stop, torch.device("cpu"))]
+            assert [start, *(j for _, j, _ in parts)] == [*(i for i, _, _ in parts), stop]
+            assert torch.equal(torch.cat([u for _, _, u in parts] or [flat[:0]]), flat[start:stop])
+
+
+@pytest.mark.parametrize("law", ALL, ids=str)
 def test_nothing_else_has_an_influence(law):
     """Not the order, not the other tensors (but for the sphere's length and the columns of orthogonal directions), not
     torch's or numpy's random state."""

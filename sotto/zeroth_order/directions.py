@@ -33,7 +33,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ from sotto.zeroth_order.parts import split_in_order
 LAWS = ("rademacher", "gaussian", "sphere", "orthogonal")
 CHUNK = 1 << 18
 """Entries made at a time: small enough for a processor's cache."""
+PIECE = 1 << 14
+"""Signs that are expanded from their bits at a time: small enough for the cache of one core."""
 
 
 def new_key() -> str:
@@ -136,6 +138,7 @@ class Directions:
         if self.size == 0:
             raise bad_argument("shapes", {}, "there is nothing to perturb", "make some parameters trainable")
         self.parts, self.part = parts, split_in_order({n: math.prod(s) for n, s in self.shapes.items()}, parts)
+        self._room = torch.empty(PIECE)
         self._keys: dict[tuple[str, str], int] = {}
         self._lengths: dict[tuple[int, int], float] = {}
         self._rows = walsh.Rows(key, {n: self._drawn(n) for n in self.shapes}, count)
@@ -215,6 +218,29 @@ class Directions:
         part = self._entries(name, "entry", step, k, start, stop, device)
         return self._finish(part, name, step, k, slice(start, stop))
 
+    def pieces(
+        self, name: str, step: int, k: int, start: int, stop: int, device: torch.device
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Elements `start` to `stop` in small parts: (first, last, elements), each good until the next is asked for.
+
+        What goes through memory once, and not through a cache, costs most of the time of a moved weight. So signs are
+        made in one small place, over and over.
+        """
+        whole = self.law.entries == "gaussian" or name in self.masks or name in self.classes or self.is_low_rank(name)
+        for begin in range(start, stop, CHUNK):
+            end = min(begin + CHUNK, stop)
+            if whole or device.type != "cpu":
+                yield begin, end, self.slice(name, step, k, begin, end, device)
+                continue
+            first = begin // 32
+            words_w = self._words(name, "entry", step, k, first, -(-end // 32))
+            for w in range(0, len(words_w), PIECE // 32):
+                some_w = words_w[w : w + PIECE // 32]
+                at = 32 * (first + w)
+                laws.floats("rademacher", some_w, self._room.numpy())
+                low, high = max(begin, at), min(end, at + 32 * len(some_w))
+                yield low, high, self._room[low - at : high - at]
+
     def tensor(self, name: str, step: int, k: int, device: torch.device | None = None) -> torch.Tensor:
         """The direction of a whole tensor, in its shape. Training never makes one of these for a large tensor."""
         shape = self.shapes[name]
@@ -278,13 +304,11 @@ class Directions:
         law, orthogonal = self.law.entries, self.law.kind == "orthogonal"
         per_word = laws.ENTRIES[law]
         first, last = start // per_word, -(-stop // per_word)
-        key, draw, index = self._key(name, role), *((self._rows.cycle(step), 0) if orthogonal else (step, k))
         if device.type == "cpu":
-            words_w = counter.words(key, draw, index, first, last)
-            if orthogonal:
-                words_w ^= self._rows.signs(name, step, k, first, last)
+            words_w = self._words(name, role, step, k, first, last)
             entries = torch.from_numpy(laws.floats(law, words_w))  # pyright: ignore[reportUnknownMemberType]
         else:
+            key, draw, index = self._key(name, role), *((self._rows.cycle(step), 0) if orthogonal else (step, k))
             low = first // counter.BLOCK
             block_n = torch.arange(low, -(-last // counter.BLOCK), device=device)
             words = counter.blocks(key, draw, index, block_n).flatten()[first - low * counter.BLOCK :][: last - first]
@@ -292,6 +316,14 @@ class Directions:
                 words = words ^ self._rows.signs_on_device(name, step, k, torch.arange(first, last, device=device))
             entries = laws.floats_on_device(law, words)
         return entries[start - first * per_word :][: stop - start]
+
+    def _words(self, name: str, role: str, step: int, k: int, first: int, last: int) -> counter.Words:
+        """The words of a stream, on the CPU; those of an orthogonal direction with the signs of its row."""
+        if self.law.kind != "orthogonal":
+            return counter.words(self._key(name, role), step, k, first, last)
+        words_w = counter.words(self._key(name, role), self._rows.cycle(step), 0, first, last)
+        words_w ^= self._rows.signs(name, step, k, first, last)
+        return words_w
 
     def _finish(self, part: torch.Tensor, name: str, step: int, k: int, where: Any) -> torch.Tensor:
         """Applies the mask and the length of the sphere; `where` selects from the flat mask, or rows of the mask."""

@@ -55,14 +55,20 @@ def _quantiles_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(quantiles()).to(device)  # pyright: ignore[reportUnknownMemberType]
 
 
-def floats(law: str, words_w: counter.Words) -> _Floats:
-    """(w,) words -> (w * ENTRIES[law],) entries in float32."""
+def floats(law: str, words_w: counter.Words, room: _Floats | None = None) -> _Floats:
+    """(w,) words -> (w * ENTRIES[law],) entries in float32.
+
+    Args:
+      room: where signs are written, 32 for each word.
+    """
     if law == "gaussian":
         table = quantiles()
         drawn = table.take(words_w & np.uint32(0xFFFF))
         drawn += table.take(words_w >> np.uint32(16))
         return drawn.astype(np.float32) * np.float32(SCALE)
-    return _signs().take(words_w.astype("<u4", copy=False).view(np.uint8), axis=0).reshape(-1)
+    bytes_n = words_w.astype("<u4", copy=False).view(np.uint8)
+    target = None if room is None else room[: 8 * bytes_n.size].reshape(-1, 8)
+    return _signs().take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
 
 
 def floats_on_device(law: str, words_xw: torch.Tensor) -> torch.Tensor:

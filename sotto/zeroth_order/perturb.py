@@ -26,9 +26,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sotto.errors import SottoError
-from sotto.zeroth_order.directions import CHUNK, Directions
+from sotto.zeroth_order.directions import Directions
 
-BLOCK = 1 << 21
+BLOCK = 1 << 22
 """Elements of a matrix up to which it is moved as a whole."""
 
 Batch = Mapping[str, torch.Tensor]
@@ -178,18 +178,16 @@ class Perturbed(TorchFunctionMode):
     def _move(self, name: str, value: torch.Tensor, side: Side, first: int, target: torch.Tensor) -> None:
         """Fills `target` with the moved elements of a parameter from number `first` on."""
         source, last = value.detach().reshape(-1), first + target.numel()
-        for start in range(first, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            u = self.directions.slice(name, self.step, side.k, start, stop, value.device)
+        for start, stop, u in self.directions.pieces(name, self.step, side.k, first, last, value.device):
             # float32 or better, and rounded once to the type of the weight.
             torch.add(source[start:stop], u, alpha=side.shift, out=target[start - first : stop - first])
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         name = self.names.get(id(weight))
-        if name is not None and not self.directions.is_low_rank(name) and weight.numel() > BLOCK:
+        if name is None:
+            return F.linear(input, weight, self.moved(bias, side))
+        if not self.directions.is_low_rank(name):
             return self._linear_in_blocks(name, side, input, weight, self.moved(bias, side))
-        if name is None or not self.directions.is_low_rank(name):
-            return F.linear(input, self.moved(weight, side), self.moved(bias, side))
         out = F.linear(input, weight, self.moved(bias, side))
         u_mr, v_cr = self.directions.factors(name, self.step, side.k, input.device)
         low = F.linear(input, v_cr.t().to(input.dtype)).float()
@@ -198,9 +196,10 @@ class Perturbed(TorchFunctionMode):
     def _linear_in_blocks(
         self, name: str, side: Side, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Some outputs at a time, so that the moved matrix never exists as a whole."""
+        """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
         rows = max(1, BLOCK // c)
+        # Given back at once: a model's memory is highest where activations meet, and not in here.
         block = torch.empty(min(rows, m) * c, dtype=weight.dtype, device=weight.device)
         autocast = torch.is_autocast_enabled(input.device.type)
         kind = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype

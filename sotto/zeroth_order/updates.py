@@ -99,14 +99,14 @@ class Updates:
 
     def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
         """(e,) elements of sum_k g_k u_k / root, of the numbers of this tensor's part."""
-        total, first = None, self.directions.part[name] * self.directions.count
+        total = torch.zeros(at.stop - at.start, dtype=like.dtype, device=like.device)
+        first = self.directions.part[name] * self.directions.count
         numbers = g_K[first : first + self.directions.count].double().tolist()
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
         for k, number in enumerate(numbers):
             g = (number - mean) / self.directions.root
-            part = self.directions.slice(name, step, k, at.start, at.stop, like.device).to(like.dtype).mul_(g)
-            total = part if total is None else total.add_(part)
-        assert total is not None
+            for start, stop, part in self.directions.pieces(name, step, k, at.start, at.stop, like.device):
+                total[start - at.start : stop - at.start].add_(part.to(like.dtype).mul_(g))
         return total
 
     def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
