@@ -51,8 +51,9 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     from sotto.config import RunSection
     from sotto.gradients.clipping import Flat
     from sotto.losses import forward_losses
-    from sotto.zeroth_order.directions import Directions, Law
+    from sotto.zeroth_order.directions import Directions
     from sotto.zeroth_order.engine import ZerothOrder
+    from sotto.zeroth_order.law import Law
     from sotto.zeroth_order.probes import trainable
     from sotto.zeroth_order.release import NAME
     from sotto.zeroth_order.updates import Updates

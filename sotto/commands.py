@@ -84,7 +84,7 @@ def memory(config: ConfigLike, progress: Callable[[int, int], None] = lambda don
       SottoError: the model's config.json is missing or unsafe.
     """
     from sotto import memory_budget
-    from sotto.session import choose_device
+    from sotto.devices import choose_device
 
     config = _config(config)
     return memory_budget.table(config, choose_device(config.run.device), progress)

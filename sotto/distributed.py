@@ -26,6 +26,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sotto.config import Config
+from sotto.devices import device_of, several
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Adaptive, Clipping
@@ -38,11 +39,6 @@ DONE = -1
 """The step that says that there is none."""
 
 
-def several() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def follows() -> bool:
     """Whether this process is not the first of several."""
     return several() and int(os.environ.get("RANK", "0")) > 0
@@ -51,28 +47,6 @@ def follows() -> bool:
 def lead(config: Config) -> Group | None:
     """As the first process of a run, meets the others. None if there are none."""
     return Group.join(config) if several() else None
-
-
-def device_of(config: Config) -> torch.device:
-    """The device of this process: with CUDA each process of a machine has one of its own.
-
-    Raises:
-      SottoError: SOT506, there is none for it.
-    """
-    from sotto.session import choose_device
-
-    device = choose_device(config.run.device)
-    if device.type != "cuda" or not several():
-        return device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
-        raise SottoError(
-            "SOT506", what=f"process {local} of this machine has no CUDA device of its own", where="torchrun",
-            why=f"there are {torch.cuda.device_count()}, and two processes on one would only wait for each other",
-            fix=f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --set run.device=cpu",
-        )  # fmt: skip
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
 
 
 def require_possible(config: Config) -> None:

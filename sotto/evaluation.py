@@ -12,12 +12,12 @@ from torch import nn
 
 from sotto.config import Config
 from sotto.data.load import has_eval, load_dataset_for
+from sotto.devices import choose_device
 from sotto.errors import SottoError
 from sotto.losses import classification, to_device, token_losses
 from sotto.models import load as models_load
 from sotto.models.export import load_exported
 from sotto.rundir import RunDir
-from sotto.session import choose_device
 
 
 def evaluate_run(path: Path, data: str | None, batch_size: int) -> dict[str, float]:

@@ -171,7 +171,7 @@ def of_plan(config: Config, facts: ModelFacts) -> dict[str, int]:
         room = budget
     else:
         from sotto import memory_budget
-        from sotto.session import choose_device
+        from sotto.devices import choose_device
 
         forecast, kept = memory_budget.choose(config, choose_device(config.run.device), facts)
         parts, total, size, trained = forecast.parts, forecast.peak, forecast.microbatch_size, forecast.trainable

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from sotto import checkpoint, distributed, memory_budget
+from sotto import checkpoint, memory_budget
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler
 from sotto.data.load import ledger_id, load_dataset_for
+from sotto.devices import device_of
 from sotto.distributed import Followers, Group
 from sotto.errors import SottoError
 from sotto.federated import server as federation
@@ -107,7 +108,7 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
       carrier: takes orders to users whose text is elsewhere, in a federated run.
       new_tokens: how many the model's vocabulary grows by, for audits.
     """
-    device = distributed.device_of(config)
+    device = device_of(config)
     size = memory_budget.microbatch_size(config, device)  # first: what does not fit is refused before anything is read
     loaded = models_load.load_model(config.model, config.data, config.method, config.run.seed)
     if new_tokens:
@@ -151,15 +152,6 @@ def make_clipping(config: Config) -> Clipping:
     if method.clipping == "adaptive":
         return Adaptive(method.clip_norm, layerwise, method.clip_quantile)
     return CLIPPINGS[method.clipping](method.clip_norm, layerwise)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SottoError(
-            "SOT506", what="there is no CUDA device", where="run.device: cuda",
-            why="torch sees none on this machine", fix="use run.device: auto, or install a CUDA build of torch",
-        )  # fmt: skip
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def start(

@@ -13,11 +13,12 @@ import torch
 
 from sotto.errors import SottoError
 from sotto.zeroth_order import counter, directions, laws
-from sotto.zeroth_order.directions import Directions, Law
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import LAWS, Law
 
 KEY = "0123456789abcdef0123456789abcdef"
 SHAPES = {"matrix": torch.Size((37, 24)), "vector": torch.Size((131,)), "scalar": torch.Size(())}
-ALL = [Law(kind, 0) for kind in directions.LAWS] + [Law("rademacher", 3), Law("gaussian", 2)]
+ALL = [Law(kind, 0) for kind in LAWS] + [Law("rademacher", 3), Law("gaussian", 2)]
 
 
 def make(law: Law, count: int = 8, shapes: dict[str, torch.Size] | None = None, **others: object) -> Directions:
@@ -301,7 +302,7 @@ def test_no_dimension_is_lost_with_the_mean_of_a_step():
     assert float(means.square().mean(0).max()) < 2 * 8
 
 
-@pytest.mark.parametrize("kind", directions.LAWS)
+@pytest.mark.parametrize("kind", LAWS)
 def test_directions_over_classes_add_up_to_zero_and_cover_all_that_does(kind):
     shapes = {"w": torch.Size((3, 8)), "b": torch.Size((3,)), "other": torch.Size((5,))}
     made = make(Law(kind), shapes=shapes, classes=("w", "b"))
@@ -346,7 +347,7 @@ def test_the_sphere_has_its_length():
     assert masked.size == made.size - int((~mask).sum())
 
 
-@pytest.mark.parametrize("kind", directions.LAWS)
+@pytest.mark.parametrize("kind", LAWS)
 def test_a_mask_drops_entries_and_changes_no_other(kind):
     mask = torch.arange(37 * 24).view(37, 24) % 5 == 0
     made, plain = make(Law(kind), masks={"matrix": mask}), make(Law(kind))

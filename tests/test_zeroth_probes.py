@@ -14,7 +14,8 @@ from torch import nn
 from sotto import losses
 from sotto.errors import SottoError
 from sotto.zeroth_order import perturb
-from sotto.zeroth_order.directions import Directions, Law
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import Law
 from sotto.zeroth_order.perturb import Perturbed, Side
 from sotto.zeroth_order.probes import Prober, trainable
 

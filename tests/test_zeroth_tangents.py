@@ -13,7 +13,8 @@ from torch import nn
 
 from sotto import losses
 from sotto.errors import SottoError
-from sotto.zeroth_order.directions import Directions, Law
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import Law
 from sotto.zeroth_order.parts import split_in_order
 from sotto.zeroth_order.probes import Prober, trainable
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from sotto.config import RunSection
 from sotto.errors import SottoError
-from sotto.zeroth_order.directions import Directions, Law
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import Law
 from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
 from sotto.zeroth_order.release import NAME
 from sotto.zeroth_order.updates import Updates

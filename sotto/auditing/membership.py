@@ -17,12 +17,12 @@ from torch import nn
 from sotto.auditing import bounds
 from sotto.auditing.report import CERTAINTY, AuditReport
 from sotto.data.load import LoadedData, has_eval, load_dataset_for
+from sotto.devices import choose_device
 from sotto.errors import SottoError
 from sotto.finish import reopen
 from sotto.losses import forward_losses, to_device
 from sotto.models import load as models_load
 from sotto.rundir import RunDir
-from sotto.session import choose_device
 
 FALSE_ALARMS = 0.01
 

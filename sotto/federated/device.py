@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from sotto.config import Config
 from sotto.data.load import LoadedData, load_dataset_for
+from sotto.devices import choose_device
 from sotto.errors import SottoError
 from sotto.federated import messages, policy
 from sotto.federated.client import Client, Order
@@ -40,7 +41,6 @@ from sotto.federated.site import Site, site_for
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
 from sotto.privacy.adversaries import most_draws
-from sotto.session import choose_device
 
 TELEMETRY = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 

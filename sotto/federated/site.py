@@ -49,7 +49,7 @@ class Site:
     shares: Shares | None
     noise: NoiseSource
     activations: ActivationCache | None = None
-    planted: None = None
+    planted: Any = None
     checked: bool = False
 
     def answer(self, order: Any, number: int) -> torch.Tensor:

@@ -17,11 +17,11 @@ import torch
 from sotto import checkpoint
 from sotto.checkpoint import Checkpoint
 from sotto.config import Config
+from sotto.devices import choose_device
 from sotto.errors import SottoError
 from sotto.models import load as models_load
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
-from sotto.session import choose_device
 from sotto.split.cache import Representations
 from sotto.split.customer import agreement, load_bottom, setting_of
 from sotto.split.labels import corrected_loss

@@ -34,17 +34,15 @@ import hashlib
 import math
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from sotto.errors import SottoError, did_you_mean
 from sotto.zeroth_order import counter, laws, walsh
+from sotto.zeroth_order.law import Law, bad_argument, is_count
 from sotto.zeroth_order.parts import split_in_order
 
-LAWS = ("rademacher", "gaussian", "sphere", "orthogonal")
 CHUNK = 1 << 18
 """Entries made at a time: small enough for a processor's cache."""
 PIECE = 1 << 14
@@ -54,42 +52,6 @@ PIECE = 1 << 14
 def new_key() -> str:
     """A fresh run key, 128 bits in hexadecimal. It is public, and no noise is ever drawn from it."""
     return secrets.token_hex(16)
-
-
-def bad_argument(name: str, value: object, why: str, fix: str) -> SottoError:
-    return SottoError("SOT650", what=f"{name} is {value!r}", where=name, why=why, fix=fix)
-
-
-@dataclass(frozen=True)
-class Law:
-    """How the directions of a run are drawn.
-
-    Attributes:
-      kind: one of `LAWS`.
-      rank: 0 for directions with independent entries, else the rank of the directions of matrices.
-    """
-
-    kind: str = "rademacher"
-    rank: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in LAWS:
-            fix = f"use one of {', '.join(LAWS)}." + did_you_mean(str(self.kind), LAWS)
-            raise bad_argument("law", self.kind, "no such law of directions is known", fix)
-        if not _is_count(self.rank, 0):
-            raise bad_argument("rank", self.rank, "it is the rank of a matrix", "give a whole number >= 0")
-        if self.rank and self.kind in ("sphere", "orthogonal"):
-            why = "a product of two factors has neither a fixed length nor a fixed angle to another one"
-            raise bad_argument("rank", self.rank, why, "use rank 0, or law rademacher or gaussian")
-
-    @property
-    def entries(self) -> str:
-        """The law of the entries before they are scaled or combined: a key of `laws.ENTRIES`."""
-        return "gaussian" if self.kind in ("gaussian", "sphere") else "rademacher"
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class Directions:
@@ -125,7 +87,7 @@ class Directions:
           SottoError: SOT650, K is not a whole number of at least 1 (of at least 2 where `centred`), nothing is to be
             perturbed, a mask or a name in `classes` does not fit, or there are more parts than tensors.
         """
-        if not _is_count(count, 1):
+        if not is_count(count, 1):
             raise bad_argument("probes", count, "a step learns from at least one direction", "give a whole number >= 1")
         self.key, self.shapes, self.count, self.law = key, dict(shapes), count, law or Law()
         self.masks, self.classes, self.centred = dict(masks or {}), frozenset(classes), centred

@@ -24,7 +24,8 @@ from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Clipping
 from sotto.models import support
 from sotto.zeroth_order import presets
-from sotto.zeroth_order.directions import Directions, Law
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import Law
 from sotto.zeroth_order.perturb import Batch
 from sotto.zeroth_order.probes import Forward, Prober, trainable
 from sotto.zeroth_order.pruning import masks

@@ -28,7 +28,7 @@ class Preset:
     """What a configuration leaves open.
 
     Attributes:
-      law: of the directions' entries, one of `directions.LAWS`.
+      law: of the directions' entries, one of `law.LAWS`.
       keep: the part of the weights that is perturbed; 1 for all.
       stages: 1, or the number of stages.
       proximal: weight of the pull towards where the stage began.

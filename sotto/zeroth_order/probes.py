@@ -40,7 +40,8 @@ from torch.func import functional_call
 from sotto.errors import SottoError
 from sotto.gradients.rows import Rows
 from sotto.privacy.events import check_number
-from sotto.zeroth_order.directions import Directions, bad_argument
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side, require_deterministic
 from sotto.zeroth_order.prefix import Prefix, capture
 from sotto.zeroth_order.sides import Sides
