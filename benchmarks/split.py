@@ -199,7 +199,7 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join(lines) + "\n"
 
 
-COLOURS = {0: "#1f77b4", 2: "#ff7f0e", 4: "#2ca02c", 6: "#9467bd"}
+COLOURS = dict(enumerate(("#1f77b4", "#8c564b", "#ff7f0e", "#e377c2", "#2ca02c", "#d62728", "#9467bd")))
 WIDTH, HEIGHT, MARGIN = 720, 440, 50
 
 
