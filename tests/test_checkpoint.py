@@ -90,13 +90,16 @@ def test_litter_of_a_crash_is_cleared_and_never_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "last", "truncate", "empty", "remove"])
 def test_damage_is_noticed(tmp_path: Path, file: str, damage: str) -> None:
     checkpoint.save(tmp_path, state(1))
     path = checkpoint.save(tmp_path, state(2)) / file
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif damage == "last":  # of a tensor's numbers, where no header shows it
+        content[-1] ^= 4
         path.write_bytes(content)
     elif damage == "truncate":
         path.write_bytes(content[: len(content) // 2])

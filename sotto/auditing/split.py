@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sotto.auditing.local import audit_promises
+from sotto.auditing.report import AuditReport
 from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
@@ -48,6 +50,7 @@ class SplitReport:
       attribute, attribute_baseline: accuracy of inferring a text's class from what was sent, and of the best guess.
       labels: accuracy of inferring kept labels from all answers; None where they are not kept.
       texts, tokens: attacked.
+      promises: lower bounds beside each epsilon that the setting promises.
       notes: what has to be known to read them.
     """
 
@@ -63,6 +66,7 @@ class SplitReport:
     labels: float | None
     texts: int
     tokens: int
+    promises: tuple[AuditReport, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -75,11 +79,14 @@ class SplitReport:
         """1 - the success of the strongest attack."""
         return 1 - max(self.recovered.values())
 
-    bug = False
-    """No bound is promised that these attacks could refute."""
+    @property
+    def bug(self) -> bool:
+        """An epsilon that was promised has been refuted. Nothing else here is a bound."""
+        return any(promise.bug for promise in self.promises)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "strongest": self.strongest, "empirical_privacy": self.empirical_privacy}
+        found = {**asdict(self), "promises": [promise.to_dict() for promise in self.promises]}
+        return {**found, "strongest": self.strongest, "empirical_privacy": self.empirical_privacy, "bug": self.bug}
 
     def render(self) -> str:
         """As text for a terminal."""
@@ -99,6 +106,8 @@ class SplitReport:
         if self.labels is not None:
             lines.append(f"kept labels      {self.labels:.1%} inferred from the answers")
         lines += [f"note             {note}" for note in self.notes]
+        for promise in self.promises:
+            lines += ["", promise.render()]
         return "\n".join(lines)
 
 
@@ -160,6 +169,14 @@ def audit_customer(customer: Customer, limit: int, passes: int, seed: int = 0, s
         labels=_kept_labels(config, customer),
         texts=len(attacked),
         tokens=len(counted),
+        promises=audit_promises(
+            customer.setting,
+            customer.privatizer,
+            bottom.table_Vn.shape[1],
+            classes,
+            passes_of(config, len(data.examples)),
+            customer.noise,
+        ),
         notes=_notes(target),
     )
 

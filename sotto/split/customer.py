@@ -91,6 +91,12 @@ class Customer:
         )
         return self.outbox
 
+    @property
+    def privatizer(self) -> privatizers.Privatizer:
+        """What is done to texts before they leave; known once `settle` was called."""
+        assert self._privatizer is not None
+        return self._privatizer
+
     def settle(self, data: LoadedData, stored: Path | None = None) -> None:
         """Fixes which words are exempt, and with that the privatizer. Nothing leaves by it.
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mutant import caught_by, wrapped
 
+from sotto import checkpoint, sweeping
 from sotto import session as sessions
-from sotto import sweeping
 from sotto.data import load
 from sotto.privacy import accounting, bounds, chain, statement
 from sotto.privacy import plan as plans
@@ -365,3 +365,9 @@ def trials_of_a_sweep_are_priced_without_their_spare_steps(m: pytest.MonkeyPatch
         return right.epsilon(event, steps // 2, *rest)  # half of the steps are spare ones in the test
 
     m.setattr(sweeping, "selection", SimpleNamespace(**{**vars(right), "epsilon": epsilon}))
+
+
+@caught_by("test_checkpoint.py::test_damage_is_noticed[last-optimizer.safetensors]", 18)
+def the_optimizers_state_is_believed(m: pytest.MonkeyPatch) -> None:
+    """Its hash is not compared: a run goes on, to another model, from numbers that a disk has changed."""
+    wrapped(m, checkpoint, "_digest", lambda right, path: "" if path.name.startswith("optimizer") else right(path))

@@ -76,8 +76,10 @@ def noise_a_hundredth_too_small(m: pytest.MonkeyPatch) -> None:
 def biases_are_not_noised(m: pytest.MonkeyPatch) -> None:
     """Small parameters are released as they are."""
 
-    def release(right: Any, self: GaussianMechanism, value: torch.Tensor, std: float, step: int, name: str) -> Any:
-        return value / self.divisor if name.endswith("bias") else right(self, value, std, step, name)
+    def release(
+        right: Any, self: GaussianMechanism, value: torch.Tensor, std: float, step: int, name: str, *a: Any
+    ) -> Any:
+        return value / self.divisor if name.endswith("bias") else right(self, value, std, step, name, *a)
 
     wrapped(m, GaussianMechanism, "_release", release)
 

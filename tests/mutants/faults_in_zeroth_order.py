@@ -53,10 +53,10 @@ def an_infinite_difference_poisons_the_sum(m: pytest.MonkeyPatch) -> None:
 def the_noise_is_drawn_from_the_seed_of_the_direction(m: pytest.MonkeyPatch) -> None:
     """As in the released code of DPZero: whoever knows the directions subtracts it."""
 
-    def normal(self: Any, shape: Any, std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(np.random.default_rng(step).standard_normal(tuple(shape)) * std)
+    def rounded(self: Any, shape: Any, std: float, *, step: int, name: str, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(np.random.default_rng(step).standard_normal(tuple(shape)) * std).round()
 
-    m.setattr(SecureNoise, "normal", normal)
+    m.setattr(SecureNoise, "rounded", rounded)
 
 
 @caught_by("test_train_zeroth.py::test_an_empty_batch_takes_a_step_of_noise_alone", 11)
