@@ -6,8 +6,8 @@ Each run trains a classifier's head on a frozen encoder from losses alone. Every
 all probes, so it is run once for each text, and the runs of a task share what it gave; sampling, probes, clipping,
 noise and updates are those of `sotto train`, and so is the plan. `aggzo` has one pass for each of its 16 directions and
 `dpzero` two for its one, so both take `--passes` passes of a batch of `--batch` on average: `passes / 16` steps against
-`passes / 2`. `dpzero` is tried at several rates, `aggzo` at its default one; `--rate` tries others. `laplace` is `dpzo`
-with Laplace noise at pure epsilon 4.
+`passes / 2`. `dpzero` is tried at several rates, `aggzo` at its default one; `--rate` tries others. `laplace` is
+`aggzo` with Laplace noise at pure epsilon 4.
 
 The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv and ag_news/test.csv, of which a
 tenth is held out. `--write` writes a task's train.csv and eval.csv to a folder, for `benchmarks/methods.py`.
@@ -37,7 +37,7 @@ from sotto.training import batch_of
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.directions import new_key
 
-GRID: dict[str, list[float | None]] = {"aggzo": [None], "dpzero": [0.03, 0.1], "laplace": [0.003, 0.01, 0.03]}
+GRID: dict[str, list[float | None]] = {"aggzo": [None], "dpzero": [0.03, 0.1], "laplace": [0.5, 1.5]}
 """Learning rates; None is the default."""
 Rows = list[tuple[str, ...]]
 """Text, perhaps a second text, label."""
@@ -111,7 +111,7 @@ class Bench:
 
     def config(self, preset: str, rate: float | None, epsilon: float, passes: int, name: str = "train") -> sotto.Config:
         laplace, count = preset == "laplace", self.size if name == "train" else 1
-        method = {"train": "head", "gradient": "zeroth_order", "zeroth_preset": "dpzo" if laplace else preset}
+        method = {"train": "head", "gradient": "zeroth_order", "zeroth_preset": "aggzo" if laplace else preset}
         method |= {"zeroth_noise": "laplace"} if laplace else {}
         privacy: dict[str, Any] = {"unit": "record", "num_units": count, "epsilon": epsilon}
         privacy |= {"neighboring_relation": "replace_one"} if preset == "dpzero" else {}
@@ -120,7 +120,7 @@ class Bench:
             "data": {"train": str(self.folder / f"{name}.csv"), "text": "text", "label": "label", "labels": self.labels,
                      "max_length": self.args.length} | ({"text_pair": "pair"} if self.pairs else {}),
             "privacy": privacy, "method": method,
-            "run": {"steps": passes // (16 if preset == "aggzo" else 2), "optimizer": "sgd", "schedule": "linear",
+            "run": {"steps": passes // (2 if preset == "dpzero" else 16), "optimizer": "sgd", "schedule": "linear",
                     "expected_batch_size": min(self.args.batch, count)} | ({"learning_rate": rate} if rate else {}),
         })  # fmt: skip
 

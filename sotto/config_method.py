@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from sotto.config_types import Count, Fraction, Natural, Positive, Real, Section
 
 ZEROTH_RATES = {"head": 0.5, "bitfit": 0.1, "lora": 0.1, "side": 0.1, "reversible": 0.1, "full": 1e-3}
-"""SGD's rate times the clip norm, for zeroth-order runs that give no rate; see benchmarks/RESULTS.md."""
+"""SGD's rate times the clip norm, for zeroth-order runs that give no rate. `head` was measured (benchmarks/RESULTS.md);
+`full` is what DP-AggZO's recipes come to in these units, 4e-4 to 4e-3; the others stand to it as MeZO's rates for LoRA
+to those for all weights, and were not measured."""
 
 
 class MethodSection(Section):
