@@ -68,7 +68,7 @@ class MethodSection(Section):
     zeroth_smoothing: Annotated[Real, Field(ge=0)] = 1e-3
     """How far the weights are moved along a direction to see how the loss changes. Adapters can take 1e-2. 0: not at
     all; the exact derivative, by forward-mode differentiation (forward gradients, Spry), in twice the memory of a
-    forward pass and about the time of the two that a difference takes."""
+    forward pass and somewhat more time than the two that a difference takes."""
     zeroth_directions: Literal["preset", "rademacher", "gaussian", "sphere", "orthogonal"] = "preset"
     """The law of the directions. They are public, and drawn from a generator that shares nothing with the noise."""
     zeroth_rank: Natural = 0
