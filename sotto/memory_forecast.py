@@ -9,7 +9,7 @@ operation is followed from there. If the two traces do not differ by a repeated 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ from sotto.models.source import ModelFacts, inspect, resolve
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
 from sotto.privacy.discrete import Below
-from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.directions import CHUNK, Directions
 from sotto.zeroth_order.engine import ZerothOrder
 
 UNITS = 3
@@ -248,6 +248,13 @@ class _NoDirections(Directions):
         self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device | None
     ) -> torch.Tensor:
         return torch.empty(stop - start, device=device)
+
+    def pieces(
+        self, name: str, step: int, k: int, start: int, stop: int, device: torch.device
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        for begin in range(start, stop, CHUNK):
+            end = min(begin + CHUNK, stop)
+            yield begin, end, self.slice(name, step, k, begin, end, device)
 
 
 class _Run:
