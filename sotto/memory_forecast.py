@@ -242,12 +242,12 @@ class _NoNoise:
 
 
 class _NoDirections(Directions):
-    """Directions of the right shape, and no values."""
+    """Directions of the right shape that move nothing, so that all passes of a check agree."""
 
     def _entries(
         self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device | None
     ) -> torch.Tensor:
-        return torch.empty(stop - start, device=device)
+        return torch.zeros(stop - start, device=device)
 
     def pieces(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device
@@ -273,6 +273,7 @@ class _Run:
             noise_multiplier=1.0,
             expected_batch_size=config.run.expected_batch_size,
             pure=config.method.laplace,
+            exact_noise=config.exact_noise,
             setting=None,
         )
         self.mechanism = session.make_mechanism(config, plan, self.engine.clipping, _NoNoise())

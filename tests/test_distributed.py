@@ -126,7 +126,16 @@ def in_threads(size: int, config: Config) -> Path:
             found.append(error)
             group._met.abort()
 
+    loading, load = threading.Lock(), sessions.load_parts
+
+    def load_parts(*arguments: Any) -> Any:
+        """One at a time: while transformers reads a model it changes its classes for the whole process."""
+        with loading:
+            return load(*arguments)
+
     threads = [threading.Thread(target=one, args=(group,)) for group in others]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sessions, "load_parts", load_parts)
     for thread in threads:
         thread.start()
     try:
@@ -137,6 +146,7 @@ def in_threads(size: int, config: Config) -> Path:
         leader._met.abort()
         for thread in threads:
             thread.join(60)
+        patch.undo()
     for error in found:
         if isinstance(error, BaseException):
             raise error

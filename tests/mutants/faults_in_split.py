@@ -159,4 +159,4 @@ def kept_labels_go_along(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_split_privatizers.py::test_only_differential_privacy_is_stated_as_epsilon[values1", 24)
 def eta_is_stated_as_epsilon(m: pytest.MonkeyPatch) -> None:
     """Metric privacy in the words of differential privacy."""
-    m.setattr(statement, "_metric", lambda found, pooled: f"epsilon {found.eta:g}, delta 1e-05")
+    m.setattr(statement, "_metric", lambda found, *rest: f"epsilon {found.eta:g}, delta 1e-05")
