@@ -200,10 +200,10 @@ class Perturbed(TorchFunctionMode):
         m, c = weight.shape
         rows = max(1, BLOCK // c)
         # Given back at once: a model's memory is highest where activations meet, and not in here.
-        block = torch.empty(min(rows, m) * c, dtype=weight.dtype, device=weight.device)
+        block = weight.detach().new_empty(min(rows, m) * c)  # of the weight's own kind, in a forecast too
         autocast = torch.is_autocast_enabled(input.device.type)
         kind = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
-        out_nm = torch.empty(input.numel() // c, m, dtype=kind, device=input.device)
+        out_nm = input.new_empty(input.numel() // c, m, dtype=kind)
         x_nc = input.reshape(-1, c).to(kind)
         for start in range(0, m, rows):
             at = slice(start, min(start + rows, m))
