@@ -78,7 +78,7 @@ def test_where_nothing_is_promised_nothing_is_attacked():
 
 def test_a_split_report_says_bug_if_a_promise_is_refuted():
     promise = audit({"labels": "randomised", "label_epsilon": 1.0}, trials=400)
-    report = SplitReport("none", 0, {"x": 0.5}, {}, {}, 0.1, 0.0, 0.5, 0.5, None, 3, 9, (promise,))
+    report = SplitReport("none", 0, {"x": 0.5}, {"x": 0.4}, {"x": 0.3}, 0.1, 0.0, 0.5, 0.5, None, 3, 9, (promise,))
     assert not report.bug
     assert "randomised labels" in report.render()
     refuted = dataclasses.replace(report, promises=(promise, dataclasses.replace(promise, certain=1.5)))
