@@ -47,7 +47,9 @@ fuzz-coverage: install .venv-tools/.installed
 	@export PYTHONPATH=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	for target in $(or $(TARGETS),$$(.venv-tools/bin/python tests/coverage_fuzz.py --list 2>/dev/null)); do \
 		echo "== $$target"; .venv-tools/bin/python tests/coverage_fuzz.py $$target \
-			-max_total_time=$(or $(SECONDS),60) -rss_limit_mb=4000 -print_final_stats=1 2>&1 | tail -n 12 || exit 1; \
+			-max_total_time=$(or $(SECONDS),60) -rss_limit_mb=4000 -print_final_stats=1 > .venv-tools/fuzz.log 2>&1 \
+			|| { tail -n 40 .venv-tools/fuzz.log; exit 1; }; \
+		tail -n 12 .venv-tools/fuzz.log; \
 	done
 
 crash: install
