@@ -193,9 +193,9 @@ def test_the_noise_of_an_update_does_not_depend_on_the_number_of_processes(tmp_p
     moved = torch.cat([(value - before[name].detach()).flatten().double() for name, value in state.weights.items()])
     plan = run.plan()
     expected = plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size
-    assert float(moved.std()) == pytest.approx(expected, rel=0.02)
+    assert float(moved.std()) == pytest.approx(expected, rel=0.05)
     for wrong in ({size**0.5, size, size**-0.5} - {1.0}) if size > 1 else ():  # noise of each, added up or shared out
-        assert float(moved.std() * wrong) != pytest.approx(expected, rel=0.02)
+        assert float(moved.std() * wrong) != pytest.approx(expected, rel=0.05)
 
 
 def test_other_data_at_a_follower_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
