@@ -124,7 +124,12 @@ class Plan:
 
     def frontier(self, epsilon: tuple[float, ...] | list[float] = EPSILONS) -> list[Alternative]:
         """The noise for other budgets, all else equal."""
-        return [self._alternative(e, self.expected_batch_size, self.steps) for e in epsilon]
+        return [
+            Alternative(e, self.expected_batch_size, self.steps, self.noise_multiplier)
+            if e == self.epsilon
+            else self._alternative(e, self.expected_batch_size, self.steps)
+            for e in epsilon
+        ]
 
     def larger_batch(self, factor: int = 2) -> Alternative | None:
         """The same number of passes with a larger batch, or None if that is more than there are units."""
