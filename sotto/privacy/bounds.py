@@ -92,8 +92,13 @@ def upper_bound(events: Counts, delta: float, relation: str, tolerance: float) -
     return min(best, tight)
 
 
+@functools.cache
+def _log_ndtr() -> Any:
+    return importlib.import_module("scipy.special").log_ndtr  # untyped, and slow to import
+
+
 def _log_normal_cdf(x: float) -> float:
-    return float(importlib.import_module("scipy.special").log_ndtr(x))
+    return float(_log_ndtr()(x))
 
 
 def gaussian_log_delta(mu: float, epsilon: float) -> float:
