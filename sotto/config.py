@@ -309,6 +309,11 @@ class Config(Section):
             raise ValueError("setting.masks needs two users, or sites, in a round after dropouts")
 
     @property
+    def sampling_prob(self) -> float:
+        """The probability with which a unit joins a step: of two public numbers, never of the data."""
+        return self.run.expected_batch_size / self.privacy.num_units
+
+    @property
     def steps(self) -> int:
         """Optimizer steps, whichever way they were given."""
         if self.run.steps is not None:

@@ -129,8 +129,7 @@ def site_for(
     device = next(model.parameters()).device
     size = memory_budget.microbatch_size(config, device)
     engine = session.make_engine(model, config, device, key)
-    sampling_prob = config.run.expected_batch_size / config.privacy.num_units
-    return Site(config, model, tokenizer, engine, data, device, size, sampling_prob, shares, noise)
+    return Site(config, model, tokenizer, engine, data, device, size, config.sampling_prob, shares, noise)
 
 
 def _part(units: Units, chosen: np.ndarray) -> Units:

@@ -167,7 +167,7 @@ def make_plan(config: Config) -> Plan:
       SottoError: the budget cannot be met, or a value is out of range.
     """
     privacy, run = config.privacy, config.stepping
-    sampling_prob = run.expected_batch_size / privacy.num_units
+    sampling_prob = config.sampling_prob
     relation = privacy.neighboring_relation
     noise, planned, rdp, unamplified = 0.0, None, None, None
     if privacy.epsilon != "none" and config.method.laplace:
