@@ -3,13 +3,15 @@
     python benchmarks/engine.py [--quick] [--case gpt2-T128-full ...] [--algorithm non_private ...] [--device cuda]
 
 A step is forward, backward and, unless it is not private, clipping; no noise, no optimizer. Every algorithm has a
-process of its own. They take turns step by step, so that a drift of the machine hits all of them, and a ratio is the
-median over the rounds of a step's time by that of the same round's non-private step.
+process of its own; on CUDA they share one, and seconds are the device's. They take turns step by step, so that a drift
+of the machine hits all of them, and a ratio is the median over the rounds of a step's time by that of the same round's
+non-private step.
 
 Memory is measured in further processes: the high-water mark of each step above the built model. On CPU that is the
 resident set's (reset before each step), with every block above 64 KiB returned to the system at once
 (MALLOC_MMAP_THRESHOLD_), so that it counts live tensors and not the allocator's reserves; on CUDA it is the one that
-the allocator reports. The first step is listed apart, because it also holds the engine's probe.
+the allocator reports, above the work buffers of the matrix libraries too. The first step is listed apart, because it
+also holds the engine's probe.
 
 `non_private` uses the loss that the model brings with it, as nearly everybody does. `non_private_own_loss` takes
 Sotto's (`sotto.losses`), as our own algorithms do: the difference is what the loss alone saves. Explicit position ids
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
 
 MODELS = ("bert", "gpt2", "llama")
-SHAPES = {"T128": (128, 8), "T512": (512, 2), "B16": (128, 16), "B8": (128, 8), "B4": (128, 4)}
+SHAPES = {"T128": (128, 8), "T512": (512, 2), "B32": (128, 32), "B16": (128, 16), "B8": (128, 8), "B4": (128, 4)}
 TRAINED = ("full", "lora", "bitfit")
 CASES = [f"{m}-{s}-{t}" for m in MODELS for s in ("T128", "T512") for t in TRAINED if (m, t) != ("llama", "bitfit")]
 QUICK = ["bert-T128-full", "bert-T128-lora"]
@@ -164,11 +166,23 @@ def make(algorithm: str, model: Any, task: Task) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(mean(model), parameters, allow_unused=True)
 
 
+def warm_up(device: str) -> None:
+    """Lets the matrix libraries take their work buffers, which the allocator counts and no model has to do with."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+        torch.nn.functional.linear(x @ x, x, x[0]).sum().backward()  # autograd has a thread, and buffers, of its own
+    torch.cuda.synchronize()
+
+
 class Meter:
     """Seconds and peak bytes of a step."""
 
     def __init__(self, device: str):
         self.cuda = device.startswith("cuda")
+        if self.cuda:
+            warm_up(device)
         gc.collect()
         self.base = self._resident()
 
@@ -218,6 +232,14 @@ class Meter:
         return {"wall": wall, "cpu": cpu, "mebibytes": peak / 2**20}
 
 
+def prepared(case: str, algorithm: str, device: str) -> tuple[Meter, Callable[[], Any]]:
+    """A case's step, and what measures it above the built model."""
+    kind, shape, trained = case.split("-")
+    model = build(kind, trained).to(device)
+    step = make(algorithm, model, Task(kind, shape, device))
+    return Meter(device), step
+
+
 def serve(case: str, algorithm: str, device: str, threads: int) -> None:
     """The child: makes one step for each line that it reads."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
@@ -226,11 +248,7 @@ def serve(case: str, algorithm: str, device: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        kind, shape, trained = case.split("-")
-        model = build(kind, trained).to(device)
-        task = Task(kind, shape, device)
-        step = make(algorithm, model, task)
-        meter = Meter(device)
+        meter, step = prepared(case, algorithm, device)
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for _ in sys.stdin:
             print(json.dumps(meter.step(step)), file=answers, flush=True)
@@ -271,22 +289,54 @@ class Child:
         self.process.wait()
 
 
+class Inside:
+    """A `Child` within this process: on CUDA the allocator tells apart what each step takes, and starting is slow."""
+
+    def __init__(self, case: str, algorithm: str, args: argparse.Namespace, memory: bool):
+        self.error, self.parts = "", None
+        try:
+            self.parts = prepared(case, algorithm, args.device)
+        except Exception as error:
+            self.error = type(error).__name__
+
+    def step(self) -> dict[str, float] | None:
+        if self.parts is None:
+            return None
+        try:
+            return self.parts[0].step(self.parts[1])
+        except Exception as error:
+            self.error, self.parts = type(error).__name__, None
+            return None
+
+    def close(self) -> None:
+        import torch
+
+        self.parts = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def child(case: str, algorithm: str, args: argparse.Namespace, memory: bool) -> Child | Inside:
+    """Where the steps of a row are made."""
+    return (Inside if args.device.startswith("cuda") else Child)(case, algorithm, args, memory)
+
+
 def measure(case: str, algorithms: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows of one case: algorithm -> figures, or an error."""
     rows: dict[str, dict[str, Any]] = {}
     for algorithm in algorithms:
-        child = Child(case, algorithm, args, memory=True)
-        steps = [found["mebibytes"] for _ in range(2) if (found := child.step())]
-        child.close()
-        rows[algorithm] = {"error": child.error} if child.error else {"first": steps[0], "steady": steps[1]}
-    children = {a: Child(case, a, args, memory=False) for a in algorithms if not rows[a].get("error")}
+        row = child(case, algorithm, args, memory=True)
+        steps = [found["mebibytes"] for _ in range(2) if (found := row.step())]
+        row.close()
+        rows[algorithm] = {"error": row.error} if row.error else {"first": steps[0], "steady": steps[1]}
+    children = {a: child(case, a, args, memory=False) for a in algorithms if not rows[a].get("error")}
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(args.steps + 1):
-        rounds.append({a: found for a, child in children.items() if (found := child.step())})
-    for algorithm, child in children.items():
-        child.close()
-        if child.error:
-            rows[algorithm] = {"error": child.error}
+        rounds.append({a: found for a, row in children.items() if (found := row.step())})
+    for algorithm, row in children.items():
+        row.close()
+        if row.error:
+            rows[algorithm] = {"error": row.error}
             continue
         for clock in ("cpu", "wall"):
             ratios = [r[algorithm][clock] / r[algorithms[0]][clock] for r in rounds[1:]]
@@ -304,7 +354,7 @@ def show(case: str, rows: dict[str, dict[str, Any]]) -> None:
             continue
         low, high = row["cpu_range"]
         print(
-            f"| {case} | {algorithm} | {row['cpu']:.2f} | {row['cpu_ratio']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {case} | {algorithm} | {row['cpu']:.3g} | {row['cpu_ratio']:.2f} ({low:.2f}-{high:.2f}) "
             f"| {row['wall_ratio']:.2f} | {row['steady']:.0f} | {row['steady'] / base['steady']:.2f} "
             f"| {row['first']:.0f} | {row['first'] / base['first']:.2f} |", flush=True,
         )  # fmt: skip

@@ -4,9 +4,10 @@
 
 A RoBERTa-large-shaped classifier (or, with `gpt2l`, a GPT-2-large-shaped language model) with random weights, T=128,
 measured as `benchmarks/engine.py` does: every row has a process of its own, memory is the high-water mark of a step
-above the built model, time is a step's CPU seconds; ratios are to the first row. A row is what is trained and the
-algorithm; `reversible_stored` names the streams, `lora_int8` how frozen weights are kept. With `--predicted` nothing is
-run: it prints what `sotto memory` says of the same shape, for models that a machine cannot hold.
+above the built model, time is a step's CPU seconds (on CUDA the device's); ratios are to the first row. A row is what
+is trained and the algorithm; `reversible_stored` names the streams, `lora_int8` how frozen weights are kept. With
+`--predicted` nothing is run: it prints what `sotto memory` says of the same shape, for models that a machine cannot
+hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine import SHAPES, Child, options
+from engine import SHAPES, child, options
 
 TITLES = {"roberta": "RoBERTa-large shape", "gpt2l": "GPT-2-large shape"}
 
@@ -78,21 +79,22 @@ def main() -> None:
         return
     found: dict[str, dict[str, list[float]]] = {name: {"mebibytes": [], "cpu": [], "wall": []} for name in names}
     errors: dict[str, str] = {}
-    for memory in (True, False):  # one process at a time where memory is measured: the machine may not hold them all
+    inside = args.device.startswith("cuda")  # there a step's memory and its time are measured at once
+    for memory in (True,) if inside else (True, False):  # one at a time: the machine may not hold them all
         for name in names:
             trained, algorithm = name.split(":")
-            child = Child(f"{args.model}{args.layers}-{args.shape}-{trained}", algorithm, args, memory=memory)
+            row = child(f"{args.model}{args.layers}-{args.shape}-{trained}", algorithm, args, memory=memory)
             for step in range(1 + args.steps):
-                taken = child.step()
+                taken = row.step()
                 if taken is None:
-                    errors[name] = child.error
+                    errors[name] = row.error
                     break
                 if step > 0:
-                    for key in ("mebibytes",) if memory else ("cpu", "wall"):
+                    for key in taken if inside else ("mebibytes",) if memory else ("cpu", "wall"):
                         found[name][key].append(taken[key])
-            child.close()
+            row.close()
     print(title)
-    print("| trained | algorithm | MiB above the model | ratio | CPU s a step | ratio |")
+    print("| trained | algorithm | MiB above the model | ratio | s a step | ratio |")
     print("|---|---|--:|--:|--:|--:|")
     base = {key: statistics.median(found[names[0]][key]) for key in ("mebibytes", "cpu")}
     for name in names:
@@ -101,7 +103,7 @@ def main() -> None:
             print(f"| {trained} | {algorithm} | {errors[name]} | | | |")
             continue
         peak, seconds = (statistics.median(found[name][key]) for key in ("mebibytes", "cpu"))
-        print(f"| {trained} | {algorithm} | {peak:.0f} | {peak / base['mebibytes']:.2f} | {seconds:.1f} "
+        print(f"| {trained} | {algorithm} | {peak:.0f} | {peak / base['mebibytes']:.2f} | {seconds:.3g} "
               f"| {seconds / base['cpu']:.2f} |", flush=True)  # fmt: skip
 
 

@@ -6,9 +6,9 @@ Every case is a whole private run of three steps on invented text, in a process 
 of the first batch, and the loop. What is measured is the high-water mark from the moment at which the model is built
 until the last update, above what was there then. On CPU that is the resident set's, with every block above 64 KiB
 returned to the system at once (MALLOC_MMAP_THRESHOLD_), so that it counts live tensors and not the allocator's
-reserves; on CUDA it is `torch.cuda.max_memory_allocated`. The prediction is `memory_forecast`'s, made in another
-process from config.json alone, less the bytes of the built model. Before anything is measured, a run of a tiny model
-brings in the code of libraries, which is not the model's memory.
+reserves; on CUDA it is `torch.cuda.max_memory_allocated`, above the work buffers of the matrix libraries too. The
+prediction is `memory_forecast`'s, made in another process from config.json alone, less the bytes of the built model.
+Before anything is measured, a run of a tiny model brings in the code of libraries, which is not the model's memory.
 """
 
 from __future__ import annotations
@@ -134,13 +134,16 @@ def measured(case: str, folder: Path, device: str) -> dict[str, float]:
         meters[-1]._reset_peak()
         check(session)
 
-    sessions.check_gradients = first_batch
+    sessions.check_gradients, save = first_batch, training.save_checkpoint
     training.save_checkpoint = lambda session: peaks.append(meters[-1]._peak())  # before anything is written
-    for tiny in (True, False):
-        session = sessions.start(Config.from_dict(recipe(case, folder, device, tiny)), "benchmark")
-        with session.held:
-            training.train_loop(session, _Silent())  # type: ignore[arg-type]
-        del session
+    try:
+        for tiny in (True, False):
+            session = sessions.start(Config.from_dict(recipe(case, folder, device, tiny)), "benchmark")
+            with session.held:
+                training.train_loop(session, _Silent())  # type: ignore[arg-type]
+            del session
+    finally:
+        sessions.check_gradients, training.save_checkpoint = check, save
     return {"peak": peaks[-1] - meters[-1].base}
 
 
@@ -163,9 +166,15 @@ def predicted(case: str, folder: Path, device: str) -> dict[str, float]:
 
 
 def child(case: str, task: str, folder: Path, device: str) -> dict[str, float]:
-    """Does a task in a fork of this process, which has loaded the libraries and done nothing with them."""
+    """Does a task in a fork of this process, which has loaded the libraries and done nothing with them.
+
+    On CUDA, which does not survive a fork, in this process: the allocator tells apart what each case takes.
+    """
+    task_of = {"measured": measured, "predicted": predicted}[task]
+    if device.startswith("cuda"):
+        return task_of(case, folder, device)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply({"measured": measured, "predicted": predicted}[task], (case, folder, device))
+        return pool.apply(task_of, (case, folder, device))
 
 
 def main() -> None:

@@ -1,19 +1,22 @@
 """Zeroth-order probes against plain forward passes: peak memory above the weights, and time.
 
     python benchmarks/zeroth_order.py [--shape opt-1.3b] [--batch 8] [--length 128] [--probes 1] [--probes 4]
-                                      [--dtype bfloat16] [--memory]
+                                      [--trained lora] [--dtype bfloat16] [--device cuda] [--memory]
 
-A causal model (or a RoBERTa-large-shaped classifier) with random weights, all of them trained. Each row has a process
-of its own. Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds, of
-the probes and of the whole step, against two plain forward passes of the same batch with the same loss for each
-direction, or one where differences are centred (several directions). `top`: the last layer's weights alone are trained;
-the time to compare is that of the frozen layers once and of the last one once or twice for each direction. Weights in
-bfloat16 are probed and not updated, which a run refuses. `--memory`: no times.
+A causal model (or a RoBERTa-large-shaped classifier) with random weights, all of them trained; with `--trained lora`
+adapters of rank 8 instead, with `low_rank` all weights along directions of rank 1. Each row has a process of its own.
+Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds (on CUDA the
+device's), of the probes and of the whole step, against two plain forward passes of the same batch with the same loss
+for each direction, or one where differences are centred (several directions). `sides`: so many moved models in one
+pass. `top`: the last layer's weights alone are trained; the time to compare is that of the frozen layers once and of
+the last one once or twice for each direction. Weights in bfloat16 are probed and not updated, which a run refuses.
+`--memory`: no times.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -48,9 +51,10 @@ def build(shape: str) -> tuple[Any, str]:
 def child(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from sotto.config import RunSection
+    from sotto.config import MethodSection, RunSection
     from sotto.gradients.clipping import Flat
     from sotto.losses import forward_losses
+    from sotto.models.trainable import prepare
     from sotto.zeroth_order.directions import Directions
     from sotto.zeroth_order.engine import ZerothOrder
     from sotto.zeroth_order.law import Law
@@ -60,13 +64,15 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     torch.set_default_dtype(getattr(torch, args.dtype))  # built in that type: never twice in memory
-    model, task = build(args.shape)
+    with torch.device(args.device):
+        model, task = build(args.shape)
     torch.set_default_dtype(torch.float32)
-    model.to(args.device)
+    if args.trained == "lora":
+        model = prepare(model, MethodSection(train="lora", lora_rank=8), 0)
     kind, _, count = args.child.partition(":")
     last = f".{SHAPES[args.shape]['num_hidden_layers'] - 1}."
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not kind.startswith("top") or last in name)
+        parameter.requires_grad_(parameter.requires_grad and (not kind.startswith("top") or last in name))
         parameter.sum()
     ids = torch.randint(5, 1000, (args.batch, args.length), device=args.device)
     labels = ids if task == "generation" else torch.zeros(args.batch, dtype=torch.long, device=args.device)
@@ -84,7 +90,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         run: Any = plain
     else:
         shapes = {name: p.shape for name, p in trainable(model).items()}
-        law = Law("orthogonal" if int(count) > 1 else "rademacher")
+        low_rank = Law("rademacher", 1)
+        law = low_rank if args.trained == "low_rank" else Law("orthogonal" if int(count) > 1 else "rademacher")
         directions = Directions("00" * 16, shapes, int(count), law, centred=int(count) > 1)
         sides = args.sides if kind == "sides" else 1
         engine = ZerothOrder(model, forward, directions, Flat(1.0), sides=sides)
@@ -106,6 +113,13 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(name: str, args: argparse.Namespace, memory: bool) -> dict[str, list[float]]:
+    if args.device.startswith("cuda"):  # whose allocator tells apart what each row takes
+        import torch
+
+        made = child(argparse.Namespace(**{**vars(args), "child": name, "memory": memory}))
+        gc.collect()
+        torch.cuda.empty_cache()
+        return made
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
     done = subprocess.run(command, env=environment | (HONEST_MALLOC if memory else {}), text=True,
@@ -121,6 +135,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--probes", type=int, action="append")
+    parser.add_argument("--trained", choices=["full", "lora", "low_rank"], default="full")
     parser.add_argument("--sides", type=int, default=0, help="also that many sides in one pass")
     parser.add_argument("--top", action="store_true", help="also with the last layer alone trained")
     parser.add_argument("--steps", type=int, default=2)
@@ -136,23 +151,25 @@ def main() -> None:
     counts = args.probes or [1, 4]
     rows = ["plain:0", *(f"probe:{k}" for k in counts)]
     rows += [f"sides:{max(counts)}"] * bool(args.sides) + [f"top:{k}" for k in counts] * args.top
-    print(f"{args.shape}, B={args.batch}, T={args.length}, {args.dtype}, {args.device}")
+    print(f"{args.shape}, {args.trained}, B={args.batch}, T={args.length}, {args.dtype}, {args.device}")
     print("| row | directions | MiB above the weights | ratio | probes, of their passes | step |")
     print("|---|--:|--:|--:|--:|--:|")
     base: dict[str, float] = {}
     for name in rows:
         kind, _, count = name.partition(":")
-        peaks = measured(name, args, True)["mebibytes"]
+        inside = args.device.startswith("cuda")
+        found = measured(name, args, not inside or args.memory)
+        peaks = found["mebibytes"]
         peak = statistics.median(peaks[1:] or peaks)
         base.setdefault("peak", peak)
         if args.memory:
             print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | | |", flush=True)
             continue
-        timed = measured(name, args, False)
+        timed = found if inside else measured(name, args, False)
         probes, step = statistics.median(timed["probes"][1:]), statistics.median(timed["step"][1:])
         base.setdefault("seconds", probes)
         passes = (int(count) if int(count) > 1 else 1 + int(count)) * base["seconds"]
-        print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | {probes / passes:.2f} ({probes:.1f} s) "
+        print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | {probes / passes:.2f} ({probes:.3g} s) "
               f"| {step / passes:.2f} |", flush=True)  # fmt: skip
 
 

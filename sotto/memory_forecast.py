@@ -33,7 +33,7 @@ from sotto.models.source import ModelFacts, inspect, resolve
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
 from sotto.privacy.discrete import Below
-from sotto.zeroth_order.directions import CHUNK, Directions
+from sotto.zeroth_order.directions import Directions, chunk_on
 from sotto.zeroth_order.engine import ZerothOrder
 
 UNITS = 3
@@ -252,8 +252,9 @@ class _NoDirections(Directions):
     def pieces(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for begin in range(start, stop, CHUNK):
-            end = min(begin + CHUNK, stop)
+        chunk = chunk_on(device)
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
             yield begin, end, self.slice(name, step, k, begin, end, device)
 
 

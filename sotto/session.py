@@ -385,9 +385,15 @@ def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions that a result depends on, for privacy.json."""
-    from importlib.metadata import version
+    """Versions that a result depends on, for privacy.json. A run does not end badly because one is not known."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("sotto", "torch", "transformers", "peft", "dp-accounting", "numpy")} | {
-        "threads": str(torch.get_num_threads()),
-    }  # fmt: skip
+    from sotto import __version__
+
+    found = {"sotto": __version__}  # which may run from a folder of sources, that no installer knows
+    for name in ("torch", "transformers", "peft", "dp-accounting", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found | {"threads": str(torch.get_num_threads())}

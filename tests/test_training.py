@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import stat
 from pathlib import Path
@@ -579,3 +580,16 @@ def test_two_sessions_share_nothing(tmp_path: Path) -> None:
     assert first.run.path != second.run.path
     one, two = commands.run_session(second, None), commands.run_session(first, None)
     tiny_runs.assert_same(tiny_runs.final_weights(one.path), tiny_runs.final_weights(two.path))
+
+
+def test_a_library_whose_version_is_not_known_spoils_no_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    done = run(tmp_path)
+    found = json.loads((done.path / "privacy.json").read_text())
+    assert sotto.__version__ in json.dumps(found)
+    assert "unknown" in json.dumps(found)

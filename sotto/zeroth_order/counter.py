@@ -14,6 +14,7 @@ Shape legend: n blocks, 4 words of each.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 from typing import Any
@@ -59,12 +60,24 @@ def words(key: int, step: int, index: int, start: int, stop: int) -> Words:
 
 def blocks(key: int, step: int, index: int, block_n: torch.Tensor) -> torch.Tensor:
     """The words of any blocks, on any device: (..., n) int64 block numbers -> (..., n, 4) int64 words in [0, 2^32)."""
-    c0, c1 = block_n & _LOW, block_n >> 32
-    c2, c3 = torch.full_like(block_n, index), torch.full_like(block_n, step)
-    k0, k1 = key & _LOW, key >> 32
-    for _ in range(_ROUNDS):
+    # A GPU takes longer to be told of an operation than to do it, so the two halves of a round go through it together.
+    wide = (2, *[1] * block_n.dim())
+    keys, factors = (x.unbind() for x in _constants(key, block_n.device))
+    even_2n = torch.stack([block_n & _LOW, torch.full_like(block_n, index)])  # c0 and c2; after every round turned
+    odd_2n = torch.stack([torch.full_like(block_n, step), block_n >> 32])  # c3 and c1
+    for key_2, factor_2 in zip(keys, factors, strict=True):
         # Products of two 32-bit numbers wrap in int64; their 64 bits are right, and the mask takes the sign away.
-        p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        product_2n = even_2n * factor_2.view(wide)
+        even_2n = (product_2n >> 32).bitwise_and_(_LOW).bitwise_xor_(odd_2n).bitwise_xor_(key_2.view(wide))
+        odd_2n = product_2n.bitwise_and_(_LOW).flip(0)
+    (c0, c2), (c3, c1) = even_2n, odd_2n
     return torch.stack([c0, c1, c2, c3], -1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(key: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(10, 2) keys and multipliers of the rounds, turned in every second one. Kept: a tensor has one key."""
+    rounds = [((key & _LOW) + i * _WEYL[0] & _LOW, (key >> 32) + i * _WEYL[1] & _LOW) for i in range(_ROUNDS)]
+    keys = [pair if i % 2 else pair[::-1] for i, pair in enumerate(rounds)]
+    factors = [_MULTIPLIER[::-1] if i % 2 else _MULTIPLIER for i in range(_ROUNDS)]
+    return torch.tensor(keys, device=device), torch.tensor(factors, device=device)

@@ -45,6 +45,8 @@ from sotto.zeroth_order.parts import split_in_order
 
 CHUNK = 1 << 18
 """Entries made at a time: small enough for a processor's cache."""
+DEVICE_CHUNK = 1 << 22
+"""Entries made at a time on a GPU, where every operation takes a while to start, however little it does."""
 PIECE = 1 << 14
 """Signs that are expanded from their bits at a time: small enough for the cache of one core."""
 
@@ -189,8 +191,9 @@ class Directions:
         made in one small place, over and over.
         """
         whole = self.law.entries == "gaussian" or name in self.masks or name in self.classes or self.is_low_rank(name)
-        for begin in range(start, stop, CHUNK):
-            end = min(begin + CHUNK, stop)
+        chunk = chunk_on(device)
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
             if whole or device.type != "cpu":
                 yield begin, end, self.slice(name, step, k, begin, end, device)
                 continue
@@ -252,11 +255,12 @@ class Directions:
     ) -> torch.Tensor:
         """Independent entries of a stream, in pieces that fit a cache."""
         device = device or torch.device("cpu")
-        if stop - start <= CHUNK:
+        chunk = chunk_on(device)
+        if stop - start <= chunk:
             return self._chunk(name, role, step, k, start, stop, device)
         out = torch.empty(stop - start, device=device)
-        for begin in range(start, stop, CHUNK):
-            end = min(begin + CHUNK, stop)
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
             out[begin - start : end - start] = self._chunk(name, role, step, k, begin, end, device)
         return out
 
@@ -291,6 +295,8 @@ class Directions:
         """Applies the mask and the length of the sphere; `where` selects from the flat mask, or rows of the mask."""
         mask = self.masks.get(name)
         if mask is not None:
+            if not isinstance(where, slice):
+                where = where.to(mask.device)
             part *= (mask.flatten() if isinstance(where, slice) else mask)[where].to(part.device)
         if self.law.kind == "sphere":
             part *= self.stretch(step, k)
@@ -353,6 +359,11 @@ class Directions:
             "rows": self._rows.count if self.law.kind == "orthogonal" else 0,
         }
         return spec if self.parts == 1 else {**spec, "parts": self.parts}
+
+
+def chunk_on(device: torch.device) -> int:
+    """How many entries are made at a time."""
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK
 
 
 def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,8 @@ def floats_on_device(law: str, words_xw: torch.Tensor) -> torch.Tensor:
     if law == "gaussian":
         table = _quantiles_on(words_xw.device)
         return (table[words_xw & 0xFFFF] + table[words_xw >> 16]).float() * SCALE
-    shifts = torch.arange(32, device=words_xw.device)
-    bits = (words_xw[..., None] >> shifts) & 1
-    return (1 - 2 * bits).flatten(-2).float()
+    bits = torch.arange(32, dtype=torch.int32, device=words_xw.device)
+    # The 32 bits as a signed number, which takes half of the memory: shifted and masked they are the same.
+    signed_xw = (words_xw - ((words_xw & (1 << 31)) << 1)).to(torch.int32)
+    signs = (signed_xw[..., None] >> bits).bitwise_and_(1).flatten(-2).float()
+    return signs.mul_(-2).add_(1)

@@ -82,11 +82,10 @@ class Rows:
 
     def signs_on_device(self, name: str, step: int, k: int, word_w: torch.Tensor) -> torch.Tensor:
         """The same for any words of a tensor, on any device: (..., w) int64 -> (..., w) int64 words in [0, 2^32)."""
-        high = self.row(step, k) >> 5
-        parity, rest = torch.zeros_like(word_w), (word_w + self._first_word[name]) & high
-        for bit in range(max(1, high.bit_length())):
-            parity = parity ^ ((rest >> bit) & 1)
-        return parity * _ALL ^ self._low(step, k)
+        common = (word_w + self._first_word[name]) & (self.row(step, k) >> 5)
+        for half in (32, 16, 8, 4, 2, 1):  # folded until the lowest bit is the parity of all
+            common = common ^ (common >> half)
+        return (common & 1) * _ALL ^ self._low(step, k)
 
     def _low(self, step: int, k: int) -> int:
         """The signs on 32 columns whose number is a multiple of 32 and agrees with the row nowhere above its lowest
