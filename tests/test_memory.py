@@ -155,8 +155,9 @@ def test_parts_add_up_and_weights_are_exact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "train", "gradient"),
-    [("bert", "lora", "book_keeping"), ("gpt2", "full", "ghost"), ("qwen3", "lora", "layerwise")],
-)
+    [pytest.param("bert", "lora", "book_keeping", marks=pytest.mark.slow), ("gpt2", "full", "ghost"),
+     ("qwen3", "lora", "layerwise")],
+)  # fmt: skip
 def test_a_few_layers_tell_of_all(tmp_path: Path, kind: str, train: str, gradient: str) -> None:
     """What is followed from three and four layers must be the whole trace's, to the byte, wherever the step is."""
     law = MemoryLaw(config_only(tmp_path, kind, 7, train, gradient), CPU)
@@ -227,7 +228,10 @@ def test_other_sizes_are_refused(tmp_path: Path, bad: Any) -> None:
     assert caught.value.code == "SOT107"
 
 
-def test_a_budget_below_the_floor_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_budget_below_the_floor_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_budget, "THRIFTY", ("head",))  # a forecast of each takes its time
     config = config_only(tmp_path, "bert", 2, "full", "book_keeping", memory="1MiB")
     with pytest.raises(SottoError, match="at least") as caught:
         sotto.train(config)
@@ -271,7 +275,8 @@ def test_the_table_knows_every_method(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("kind", "gradient", "train"),
     [*(("bert", "zeroth_order", train) for train in ("lora", "side", "reversible")),
-     *(("bart", "book_keeping", train) for train in ("lora", "side", "reversible"))],
+     pytest.param("bart", "book_keeping", "lora", marks=pytest.mark.slow),
+     *(("bart", "book_keeping", train) for train in ("side", "reversible"))],
 )  # fmt: skip
 def test_a_row_of_a_model_with_a_large_table(tmp_path: Path, kind: str, gradient: str, train: str) -> None:
     """Large enough for tensors without data; with adapters above a frozen layer, and an encoder-decoder."""
@@ -311,6 +316,7 @@ def test_seventy_billion_weights_take_no_memory(tmp_path: Path) -> None:
         assert weights >= 4 * sum(p.numel() for p in law._build(None).parameters()) > 4 * 70e9
 
 
+@pytest.mark.slow
 def test_methods_that_keep_less_need_less(tmp_path: Path) -> None:
     """Of activations, all layers' are kept, or each layer's input, or less than that."""
     config = config_only(tmp_path, "bert", 5, "lora", "layerwise").with_overrides(["data.max_length=128"])

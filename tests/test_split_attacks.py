@@ -25,6 +25,7 @@ from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
 from sotto.split.view import View, look, rare, rouge, success
 
+pytestmark = pytest.mark.xdist_group("split attacks")  # their audits are kept, for all tests of one process
 PLACE: list[Path] = []
 OPEN = {"privatizer": "none", "layer": 1}
 HIDDEN = {"privatizer": "dx_hidden", "eta": 0.5, "layer": 1}

@@ -149,6 +149,7 @@ def selection_bound(event: Event, steps: int, delta: float, mean: float, shape: 
     return _renyi([(dp_accounting(".dp_event").RepeatAndSelectDpEvent(trial, mean, shape), 1)], delta)
 
 
+@functools.lru_cache(maxsize=4096)
 def rdp_bound(events: Counts, delta: float) -> float:
     """Epsilon by Renyi DP under add_or_remove_one (conversion of Canonne, Kamath and Steinke 2020)."""
     return _renyi([(event.to_dp_event(), count) for event, count in events], delta)
