@@ -381,7 +381,6 @@ def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
     session.step = latest.step
     if isinstance(session.engine.clipping, Adaptive):
         session.engine.clipping.thresholds = latest.extra["clip_thresholds"]
-    session.microbatch_size = min(session.microbatch_size, latest.extra.get("microbatch_size", session.microbatch_size))
 
 
 def environment() -> dict[str, str]:

@@ -211,6 +211,8 @@ REFUSED = [
     (OVER, {}, False),
     (OVER, {"privacy": {"epsilon": "none"}}, True),
     (OVER, {"privacy": {"neighboring_relation": "replace_one"}}, True),
+    ({"method.zeroth_noise": ["gaussian", "laplace"]}, {"method": {"gradient": "zeroth_order"}}, True),
+    ({"method.gradient": ["ghost", "zeroth_order"]}, {"method": {"zeroth_noise": "laplace"}}, True),
 ]
 
 
@@ -219,6 +221,25 @@ def test_what_has_no_bound_is_refused(over: Any, changes: Any, public: bool, tmp
     with pytest.raises(SottoError, match="SOT495"):
         sweeping.sweep(config(tmp_path, **changes), over, public_eval=public)
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_trial_releases_what_was_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever keys differ between trials, their event is compared before one of them is released."""
+    monkeypatch.setattr(selection, "draw_trials", lambda mean, law: 1)
+    one = sweeping._one
+    monkeypatch.setattr(sweeping, "_one", lambda trial, *rest: one(trial.with_overrides(["run.steps=2"]), *rest))
+    with pytest.raises(SottoError, match=r"SOT495.*priced"):
+        sweeping.sweep(config(tmp_path), {"run.learning_rate": ["1e-3"]}, public_eval=True)
+    assert not list((tmp_path / "runs").glob("*/model"))
+
+
+@pytest.mark.parametrize("method", ["ghost", "layerwise", "zeroth_order"])
+def test_the_price_is_that_of_whatever_a_trial_trains(tmp_path: Path, method: str):
+    """One plan for all settings: the same noise, sampling probability and number of steps."""
+    planned, trial = sweeping.plan_sweep(config(tmp_path), {"method.gradient": ["book_keeping", method]})
+    plans = [make_plan(trial.with_overrides(setting)) for setting in planned.settings]
+    assert len({(plan.event, plan.total_steps, plan.delta) for plan in plans}) == 1
+    assert plans[0].noise_multiplier == planned.noise_multiplier
 
 
 def test_a_setting_that_is_wrong_is_refused_before_anything_is_trained(tmp_path: Path):
