@@ -158,9 +158,10 @@ def sweep(
 
 def _one(trial: Config, setting: list[str], folder: Path) -> tuple[Path, float]:
     """One training; its run folder and its score, which is larger for a better model."""
-    from sotto import commands
+    from sotto import commands, session
 
-    run = commands.train(trial.with_overrides([*setting, f"output.dir={folder}"]))
+    config = trial.with_overrides([*setting, f"output.dir={folder}"])
+    run = commands.run_session(session.start(config, "trial", trial=True), None)
     if not run.finished:
         raise KeyboardInterrupt
     scores = commands.evaluate(run.path)

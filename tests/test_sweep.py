@@ -177,6 +177,31 @@ def test_what_is_released_does_not_tell_how_many_trials_there_were(tmp_path: Pat
     assert released(1) == released(3)
 
 
+def test_a_later_run_does_not_tell_how_many_trials_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The total of all runs on the data would, and their number; the owner sees both in the ledger."""
+
+    def released(trials: int) -> dict[str, Any]:
+        folder = tmp_path / str(trials)
+        folder.mkdir()
+        monkeypatch.setenv("SOTTO_LEDGER_DIR", str(folder / "ledger"))
+        monkeypatch.setattr(selection, "draw_trials", lambda mean, law: trials)
+        made = config(folder)
+        if trials:
+            sweeping.sweep(made, {"run.learning_rate": ["1e-3"]}, public_eval=True)
+        run = sotto.train(made)
+        assert len(sotto.ledger(made)["runs"]) == trials + 1
+        assert run.statement in (run.path / "model" / "README.md").read_text()
+        words = [line for line in run.statement.splitlines() if "same data" in line]
+        report = (run.path / "report.html").read_text()
+        assert ("must stay secret" in report) == ("must stay secret" in run.statement) == (trials > 0)
+        return {"words": words, **json.loads((run.path / "privacy.json").read_text())}
+
+    after = released(1)
+    assert after == released(3)
+    assert after["dataset_epsilon"] is after["dataset_runs"] is None
+    assert released(0)["dataset_runs"] == 1
+
+
 def done_plan(made: sotto.Config) -> sweeping.SweepPlan:
     return sweeping.plan_sweep(made, OVER)[0]
 

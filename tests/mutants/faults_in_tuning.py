@@ -42,3 +42,9 @@ def one_trial_more_than_the_law_says(m: pytest.MonkeyPatch) -> None:
 def both_laws_are_geometric(m: pytest.MonkeyPatch) -> None:
     """The logarithmic law is named, and priced, and not drawn."""
     wrapped(m, sweeping.selection, "draw_trials", lambda right, mean, law="", *u: right(mean, "geometric", *u))
+
+
+@caught_by("test_sweep.py::test_a_later_run_does_not_tell_how_many_trials_there_were", 21)
+def a_later_run_counts_the_trials_of_a_sweep(m: pytest.MonkeyPatch) -> None:
+    """The total over the data, and the number of runs, in the statement of whatever is trained next."""
+    m.setattr("sotto.privacy.ledger.Ledger.secretive", False)
