@@ -619,7 +619,7 @@ def shares_are_too_small(m):
 
 class Plugin:
     def __init__(self, plant):
-        self.plant, self.ran, self.failed = plant, 0, []
+        self.plant, self.ran, self.failed, self.odd = plant, 0, [], []
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem=None):
@@ -631,8 +631,12 @@ class Plugin:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
+        from mutant import noticed
+
         if call.excinfo is not None and report.outcome == "failed":
-            self.failed.append(
+            if noticed(call.excinfo.value):
+                item.session.shouldstop = "noticed"
+            (self.failed if noticed(call.excinfo.value) else self.odd).append(
                 f"{item.path.name}::{item.name} ({report.when}: {call.excinfo.typename} {str(call.excinfo.value)[:80]!r})"
             )
         return report
@@ -662,7 +666,9 @@ def main():
                 ],
                 plugins=[plugin],
             )
-        verdict = f"KILLED {plugin.failed[0]}" if plugin.failed else f"SURVIVED {plugin.ran} tests"
+        verdict = (
+            f"KILLED {plugin.failed[0]}" if plugin.failed else f"SURVIVED {plugin.ran} tests; odd: {plugin.odd[:2]}"
+        )
         if not plugin.ran:
             verdict = "NO TESTS " + out.getvalue()[-300:]
         print(f"{plant.__name__}: {verdict} [{time.monotonic() - began:.0f} s]", flush=True)
