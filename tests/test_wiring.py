@@ -67,9 +67,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "users-spry": {"setting": {**SERVED, "parts": 2}, "method": {**ZEROTH, "train": "lora", "zeroth_smoothing": 0}},
     "sites": {"setting": {**SERVED, "sites": 3}},
 }
-CASES = [
-    (kind, name) for kind in BOTH for name in RUNS if kind == "classification" or "users" not in name or "spry" in name
-]
+CASES = [("classification", name) for name in RUNS]
+CASES += [("completion", name) for name in RUNS if "users" not in name or name == "users-spry"]
 NO_BIAS = ("bitfit", "head")
 
 

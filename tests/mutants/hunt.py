@@ -227,37 +227,37 @@ def less(m: Any, where: Any) -> None:
     wrapped(m, sessions, "make_mechanism", make)
 
 
-@hunt(TRAIN, REPLAY, "test_train_zeroth.py", "test_zeroth_tangents.py", "test_federated_spry.py")
+@hunt("test_wiring.py", TRAIN, REPLAY, "test_train_zeroth.py", "test_zeroth_tangents.py", "test_federated_spry.py")
 def forward_gradients_have_less_noise(m):
     less(m, lambda c: c.method.zeroth_order and c.method.zeroth_smoothing == 0)
 
 
-@hunt("test_train_zeroth.py", REPLAY)
+@hunt("test_wiring.py", "test_train_zeroth.py", REPLAY)
 def zeroth_has_less_noise(m):
     less(m, lambda c: c.method.zeroth_order and not c.method.laplace)
 
 
-@hunt("test_train_zeroth.py", REPLAY)
+@hunt("test_wiring.py", "test_train_zeroth.py", REPLAY)
 def laplace_has_less_noise(m):
     less(m, lambda c: c.method.laplace)
 
 
-@hunt("test_train_side.py", REPLAY)
+@hunt("test_wiring.py", "test_train_side.py", REPLAY)
 def side_has_less_noise(m):
     less(m, lambda c: c.method.train == "side")
 
 
-@hunt("test_train_side.py", REPLAY)
+@hunt("test_wiring.py", "test_train_side.py", REPLAY)
 def reversible_has_less_noise(m):
     less(m, lambda c: c.method.train == "reversible")
 
 
-@hunt("test_models_frozen.py", REPLAY)
+@hunt("test_wiring.py", "test_models_frozen.py", REPLAY)
 def quantised_has_less_noise(m):
     less(m, lambda c: c.method.frozen_weights != "float32")
 
 
-@hunt("test_federated_run.py", REPLAY)
+@hunt("test_wiring.py", "test_federated_run.py", REPLAY)
 def federated_has_less_noise(m):
     less(m, lambda c: c.setting.kind == "federated")
 
@@ -277,17 +277,17 @@ def several_processes_have_less_noise(m):
     )
 
 
-@hunt(REPLAY, "test_privacy_rounded.py")
+@hunt("test_wiring.py", REPLAY, "test_privacy_rounded.py")
 def exact_noise_has_less_noise(m):
     less(m, lambda c: c.privacy.exact_noise)
 
 
-@hunt(REPLAY, TRAIN)
+@hunt("test_wiring.py", REPLAY, TRAIN)
 def bfloat16_has_less_noise(m):
     less(m, lambda c: c.model.dtype == "bfloat16")
 
 
-@hunt(REPLAY, TRAIN, "test_resume.py::test_dropout_is_the_same_after_a_resume")
+@hunt("test_wiring.py", REPLAY, TRAIN, "test_resume.py::test_dropout_is_the_same_after_a_resume")
 def a_resumed_run_has_less_noise(m):
     def resume(right, *a, **k):
         s = right(*a, **k)
@@ -298,12 +298,12 @@ def a_resumed_run_has_less_noise(m):
     wrapped(m, sessions, "resume", resume)
 
 
-@hunt(REPLAY, "test_privacy_statement.py")
+@hunt("test_wiring.py", REPLAY, "test_privacy_statement.py")
 def replace_one_has_less_noise(m):
     less(m, lambda c: c.privacy.neighboring_relation == "replace_one")
 
 
-@hunt("test_train_zeroth.py", "test_zeroth_release.py", "test_zeroth_tangents.py")
+@hunt("test_wiring.py", "test_train_zeroth.py", "test_zeroth_release.py", "test_zeroth_tangents.py")
 def forward_gradients_are_not_clipped(m):
     from sotto.zeroth_order import engine as ze
 
@@ -319,7 +319,7 @@ def forward_gradients_are_not_clipped(m):
     m.setattr(ze.ZerothOrder, "clipped_sum", clipped_sum)
 
 
-@hunt("test_train_side.py", REPLAY)
+@hunt("test_wiring.py", "test_train_side.py", REPLAY)
 def side_is_not_clipped(m):
     def make(right, config):
         made = right(config)
