@@ -14,6 +14,7 @@ import faults_in_releases
 import faults_in_sampling
 import faults_in_split
 import faults_in_tuning
+import faults_in_wiring
 import faults_in_zeroth_order
 import mutant
 import pytest
@@ -32,6 +33,7 @@ FILES = (
     faults_in_sampling,
     faults_in_split,
     faults_in_tuning,
+    faults_in_wiring,
     faults_in_zeroth_order,
 )
 
