@@ -38,6 +38,7 @@ from sotto.models import load as models_load
 from sotto.models.activation_cache import ActivationCache
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
+from sotto.privacy.datasets import require_one_name
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.mechanism import (
     AdaptiveGaussianMechanism,
@@ -225,6 +226,8 @@ def _open_budget(session: Session, secret: dict[str, Any]) -> LedgerBudget | NoB
     ledger = Ledger.open(secret["ledger"])
     known = run_id in ledger.runs
     require_known_steps(session.run, session.step, ledger)
+    if not known and not secret["elsewhere"]:
+        require_one_name(secret["ledger"], session.data.fingerprint)
     try:
         ledger.open_run(
             run_id, plan.event, plan.total_steps, delta=plan.delta, neighboring_relation=plan.neighboring_relation,

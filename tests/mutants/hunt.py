@@ -53,19 +53,19 @@ def in_ledger(m: Any, **changed: Any) -> None:
     m.setattr(ledger, "accounting", SimpleNamespace(**{**vars(accounting), **changed}))
 
 
-@hunt(LEDGER, TRAIN)
+@hunt(LEDGER)
 def budget_at_a_larger_delta(m):
     right = accounting.composed_epsilon
     in_ledger(m, composed_epsilon=lambda ev, delta, *r, **k: right(ev, min(0.5, 10 * delta), *r, **k))
 
 
-@hunt(LEDGER, TRAIN)
+@hunt(LEDGER)
 def budget_in_the_other_relation(m):
     right = accounting.composed_epsilon
     in_ledger(m, composed_epsilon=lambda ev, delta, rel="", **k: right(ev, delta, "add_or_remove_one", **k))
 
 
-@hunt(LEDGER, TRAIN)
+@hunt(LEDGER)
 def closed_runs_are_forgotten(m):
     def ev(self):
         return [(r.event, r.reserved) for r in self._runs.values() if r.reserved and not r.closed]
@@ -73,13 +73,13 @@ def closed_runs_are_forgotten(m):
     m.setattr(Ledger, "events", ev)
 
 
-@hunt(LEDGER, TRAIN)
+@hunt(LEDGER)
 def budget_may_be_passed_by_a_twentieth(m):
     right = accounting.composed_epsilon
     in_ledger(m, composed_epsilon=lambda *a, **k: right(*a, **k) / 1.05)
 
 
-@hunt(LEDGER, "test_rundir.py", TRAIN)
+@hunt(LEDGER, "test_rundir.py")
 def ledger_can_be_read_by_all(m):
     right = chain.os.open
     fake = SimpleNamespace(**vars(chain.os))
@@ -87,7 +87,7 @@ def ledger_can_be_read_by_all(m):
     m.setattr(chain, "os", fake)
 
 
-@hunt(LEDGER, "test_data_load.py", TRAIN)
+@hunt(LEDGER, "test_data_load.py")
 def units_share_no_ledger_with_the_dataset_name(m):
     wrapped(m, sessions, "ledger_id", lambda right, config, content: right(config, content + config.output.dir))
 
@@ -139,7 +139,7 @@ def neighbours_are_drawn_together(m):
     m.setattr(PoissonSampler, "draw", draw)
 
 
-@hunt("test_data_sampling.py", TRAIN)
+@hunt("test_data_sampling.py")
 def a_draw_is_never_empty(m):
     wrapped(
         m,
@@ -282,7 +282,7 @@ def exact_noise_has_less_noise(m):
     less(m, lambda c: c.privacy.exact_noise)
 
 
-@hunt("test_wiring.py", REPLAY, TRAIN)
+@hunt("test_wiring.py", REPLAY)
 def bfloat16_has_less_noise(m):
     less(m, lambda c: c.model.dtype == "bfloat16")
 
@@ -329,7 +329,7 @@ def side_is_not_clipped(m):
 
 
 # ---- what leaves a run
-@hunt(TRAIN, REPLAY, "test_cli.py")
+@hunt(REPLAY, "test_cli.py")
 def losses_are_printed(m):
     def losses_of(right, s, ex):
         found = right(s, ex)
@@ -339,7 +339,7 @@ def losses_are_printed(m):
     wrapped(m, training, "losses_of", losses_of)
 
 
-@hunt(TRAIN, REPLAY, "test_cli.py")
+@hunt(REPLAY, "test_cli.py")
 def losses_are_logged(m):
     import logging
 
@@ -351,7 +351,7 @@ def losses_are_logged(m):
     wrapped(m, training, "losses_of", losses_of)
 
 
-@hunt(TRAIN, REPLAY, "test_released_bytes.py", "test_cli.py")
+@hunt(REPLAY, "test_released_bytes.py", "test_cli.py")
 def a_file_is_left_in_the_current_folder(m):
     def losses_of(right, s, ex):
         found = right(s, ex)
@@ -361,7 +361,7 @@ def a_file_is_left_in_the_current_folder(m):
     wrapped(m, training, "losses_of", losses_of)
 
 
-@hunt(TRAIN, REPLAY, "test_released_bytes.py")
+@hunt(REPLAY, "test_released_bytes.py")
 def a_file_is_left_in_the_temporary_folder(m):
     def losses_of(right, s, ex):
         found = right(s, ex)
@@ -371,7 +371,7 @@ def a_file_is_left_in_the_temporary_folder(m):
     wrapped(m, training, "losses_of", losses_of)
 
 
-@hunt(TRAIN, REPLAY)
+@hunt(REPLAY)
 def tensorboard_gets_private_numbers(m):
     def log(right, self, step, public, private):
         right(self, step, public, private)
@@ -399,7 +399,7 @@ def the_hidden_file_of_the_cache_stays(m):
     m.setattr(activation_cache, "wipe", wipe)
 
 
-@hunt(TRAIN, REPLAY, "test_released_bytes.py")
+@hunt(REPLAY, "test_released_bytes.py")
 def the_optimizer_keeps_the_sum(m):
     # momentum of the sums before the noise, in a checkpoint
     last = {}
@@ -419,7 +419,7 @@ def the_optimizer_keeps_the_sum(m):
     )
 
 
-@hunt(TRAIN, REPLAY, "test_train_zeroth.py", "test_released_bytes.py")
+@hunt(REPLAY, "test_train_zeroth.py", "test_released_bytes.py")
 def the_directions_key_is_the_sampling_key(m):
     import secrets as s
 
@@ -429,7 +429,7 @@ def the_directions_key_is_the_sampling_key(m):
     m.setattr(sessions, "secrets", fake)
 
 
-@hunt(TRAIN, REPLAY, "test_released_bytes.py")
+@hunt(REPLAY, "test_released_bytes.py")
 def the_seed_of_an_export_is_the_sampling_key(m):
     def write(right, trained, folder, *a):
         right(trained, folder, *a)
@@ -461,13 +461,13 @@ def an_edited_model_is_believed(m):
     m.setattr(rundir.RunDir, "verify_model", lambda self: None)
 
 
-@hunt("test_damage.py", "test_resume.py", TRAIN)
+@hunt("test_damage.py", "test_resume.py")
 def changed_data_is_believed(m):
     m.setattr(sessions, "digest", lambda data: "")
 
 
 # ---- adaptive clipping
-@hunt("test_gradients_layerwise.py", "test_gradients_clipping.py", TRAIN)
+@hunt("test_gradients_layerwise.py", "test_gradients_clipping.py")
 def the_threshold_is_not_clamped(m):
     def follow(self, fraction_G):
         ex = (-self.learning_rate * (fraction_G.double() - self.quantile)).tolist()
@@ -500,7 +500,7 @@ def a_follower_has_other_data(m):
 
 
 # ---- units
-@hunt("test_data_units.py", "test_data_load.py", TRAIN)
+@hunt("test_data_units.py", "test_data_load.py")
 def one_example_more_than_the_bound(m):
     wrapped(m, units, "_bounded", lambda right, unit, ex, most, seed: right(unit, ex, most + 1, seed))
 
@@ -510,7 +510,7 @@ def rows_without_a_unit_are_one_unit_each(m):
     wrapped(m, load, "clean_units", lambda right, values: [v or f"row {i}" for i, v in enumerate(right(values))])
 
 
-@hunt("test_data_sampling.py", TRAIN)
+@hunt("test_data_sampling.py")
 def microbatches_lose_the_last_unit(m):
     wrapped(m, training, "microbatches", lambda right, *a: (lambda r: r[:-1] if len(r) > 1 else r)(right(*a)))
 
