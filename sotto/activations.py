@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sotto.errors import SottoError
 from sotto.losses import to_device
 from sotto.models import activation_cache
 from sotto.models.activation_cache import ActivationCache
@@ -30,10 +29,8 @@ def folder(run: RunDir) -> Path:
 def fill(session: Session, autocast: AbstractContextManager[Any]) -> ActivationCache:
     """Opens the run's cache, computes what it lacks, and returns it.
 
-    Values that half precision cannot hold are stored as bfloat16, which has fewer digits.
-
     Raises:
-      SottoError: SOT350, there is no room for it; SOT351, an output is not finite.
+      SottoError: SOT350, there is no room for it.
     """
     s = session
     model: Any = s.model
@@ -45,17 +42,10 @@ def fill(session: Session, autocast: AbstractContextManager[Any]) -> ActivationC
         return {name: value for name, value in batch.items() if name != "labels"}
 
     lengths, kept, width = s.data.examples.lengths.tolist(), model.side.kept, model.stack.width
-    for dtype in ("float16", "bfloat16"):
-        cache = ActivationCache.open(folder(s.run), lengths, kept, width, dtype, made_for)
-        try:
-            with autocast, s.engine.paused():
-                activation_cache.fill(cache, model, batch_of, s.microbatch_size)
-            return cache
-        except SottoError as error:
-            if error.code != "SOT351" or dtype == "bfloat16":
-                raise
-            cache.wipe()
-    raise AssertionError("unreachable")
+    cache = ActivationCache.open(folder(s.run), lengths, kept, width, made_for)
+    with autocast, s.engine.paused():
+        activation_cache.fill(cache, model, batch_of, s.microbatch_size)
+    return cache
 
 
 def instead_of_layers(session: Holder, examples: np.ndarray) -> AbstractContextManager[Any]:

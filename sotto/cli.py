@@ -245,7 +245,7 @@ def audit(
     plant: Annotated[
         int | None, typer.Option(min=8, help="Train with half of so many canaries among the units.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="With --plant: input, new_token or gradient canaries.")] = "input",
+    kind: Annotated[str, typer.Option(help="With --plant: secret, input, new_token or gradient.")] = "input",
     limit: Annotated[int, typer.Option(min=8, help="For a run: examples of each kind.")] = 2000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
     split: Annotated[bool, typer.Option("--split", help="Attack what the customer of a split run would send.")] = False,
@@ -260,9 +260,9 @@ def audit(
         from sotto.split.customer import setting_of
 
         setting_of(_load(target, set))
-    if kind not in ("input", "new_token", "gradient"):
-        raise SottoError("SOT707", what=f"unknown kind '{kind}'", where="--kind", why="there are three of canaries",
-                         fix="input, new_token or gradient")  # fmt: skip
+    if kind not in ("secret", "input", "new_token", "gradient"):
+        raise SottoError("SOT707", what=f"unknown kind '{kind}'", where="--kind", why="there are four of canaries",
+                         fix="secret, input, new_token or gradient")  # fmt: skip
     report = commands.audit(aim, canaries, plant, limit, confidence, kind)
     _print_json(report.to_dict()) if as_json else print(report.render())
     if report.bug:

@@ -236,7 +236,7 @@ def audit(
     plant: int | None = None,
     limit: int = 2000,
     confidence: float = 0.95,
-    kind: Literal["input", "new_token", "gradient"] = "input",
+    kind: Literal["secret", "input", "new_token", "gradient"] = "input",
 ) -> AuditReport | SplitReport:
     """Attacks one's own training, and sets what the attack proves beside what was promised.
 
@@ -249,8 +249,8 @@ def audit(
         units, and attacks the result.
       limit: examples of each kind, for a run; texts that the attackers know, for a split run.
       confidence: of the lower bounds.
-      kind: of planted canaries: random tokens, tokens that the model did not know before, or gradients of known
-        direction, which are the worst case.
+      kind: of planted canaries: sentences with a secret code, which a language model is then prompted for; random
+        tokens; tokens that the model did not know before; or gradients of known direction, which are the worst case.
 
     Returns:
       The report; `report.bug` says that the attack refutes the promise.

@@ -235,13 +235,13 @@ def follow(config: Config, group: Group | None = None) -> Followed:
 
 def _one_step(group: Group, parts: Loaded, optimizer: Any) -> int | None:
     """One step as a follower. Returns how many steps the run has taken then, or None when there is none left."""
-    from sotto import training
+    from sotto import dropout, training
 
     step, count = group.spread(torch.zeros(2, dtype=torch.int64)).tolist()
     if step == DONE:
         return None
     units = group.share(group.spread(torch.zeros(count, dtype=torch.int64)).cpu().numpy())
-    with training.dropout_stream(parts, step):
+    with dropout.masks(parts.config, parts.device, step, group.rank):
         total = training.clipped_sum(parts, units, step)
     if parts.engine.arrangement != parts.engine.verified and len(units):
         training.check_gradients_of(parts, units[: training.CHECKED_UNITS])

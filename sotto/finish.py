@@ -56,8 +56,9 @@ def finish(session: Session) -> tuple[Guarantee | None, str | None]:
 
 def _guarantee(session: Session, budget: LedgerBudget) -> Guarantee:
     ledger, plan = budget.ledger, session.plan
-    spent = ledger.spent(plan.delta, plan.neighboring_relation)
-    runs = len(ledger.runs)
+    # How many trials a sweep took has to stay secret, and would show in the total and in the number of runs.
+    spent = None if ledger.secretive else ledger.spent(plan.delta, plan.neighboring_relation)
+    runs = None if ledger.secretive else len(ledger.runs)
     return statement.earned(plan, session.step, ledger.reserved(session.run.id), spent, runs)
 
 

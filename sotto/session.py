@@ -38,6 +38,7 @@ from sotto.models import load as models_load
 from sotto.models.activation_cache import ActivationCache
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
+from sotto.privacy.datasets import require_one_name
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.mechanism import (
     AdaptiveGaussianMechanism,
@@ -161,6 +162,7 @@ def start(
     carrier: Carrier | None = None,
     group: Group | None = None,
     new_tokens: int = 0,
+    trial: bool = False,
 ) -> Session:
     """Begins a new run: central, or the server's side of a federated one.
 
@@ -169,6 +171,7 @@ def start(
       carrier: takes the orders of a federated run to users elsewhere; default: all text is here.
       group: the processes that compute it, this one first; default: this one alone.
       new_tokens: as for `load_parts`.
+      trial: it is one of a sweep, so that nobody may learn that there was this run.
     """
     require_one_loop(config)
     require_writable(config)
@@ -185,6 +188,7 @@ def start(
         "ledger": ledger_id(config, parts.data.fingerprint),
         "data": digest(parts.data),
         "elsewhere": carrier is not None,
+        "trial": trial,
     }
     session = _assemble(config, plan, run, parts, secret)
     check_gradients(session)
@@ -214,7 +218,7 @@ def _require_board(config: Config) -> None:
         raise no_tensorboard()
 
 
-def _open_budget(session: Session, secret: dict[str, str]) -> LedgerBudget | NoBudget:
+def _open_budget(session: Session, secret: dict[str, Any]) -> LedgerBudget | NoBudget:
     """Announces the run in the dataset's ledger; a run that is known there already goes on."""
     plan, run_id = session.plan, session.run.id
     if not plan.private:
@@ -222,10 +226,13 @@ def _open_budget(session: Session, secret: dict[str, str]) -> LedgerBudget | NoB
     ledger = Ledger.open(secret["ledger"])
     known = run_id in ledger.runs
     require_known_steps(session.run, session.step, ledger)
+    if not known and not secret["elsewhere"]:
+        require_one_name(secret["ledger"], session.data.fingerprint)
     try:
         ledger.open_run(
-            run_id, plan.event, plan.total_steps, delta=plan.delta, neighboring_relation=plan.neighboring_relation
-        )
+            run_id, plan.event, plan.total_steps, delta=plan.delta, neighboring_relation=plan.neighboring_relation,
+            secret=secret.get("trial", False),
+        )  # fmt: skip
     except BaseException:
         # Ctrl-C just after the entry was written: a run that never began must not hold on to what it had planned.
         if not known:
@@ -311,7 +318,7 @@ def digest(data: LoadedData) -> str:
     return found.hexdigest()
 
 
-def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, str]) -> Session:
+def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, Any]) -> Session:
     optimizer = make_optimizer(parts.engine, config)
     if isinstance(parts.engine, Cohort):
         parts.engine.run = run.id
@@ -381,7 +388,6 @@ def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
     session.step = latest.step
     if isinstance(session.engine.clipping, Adaptive):
         session.engine.clipping.thresholds = latest.extra["clip_thresholds"]
-    session.microbatch_size = min(session.microbatch_size, latest.extra.get("microbatch_size", session.microbatch_size))
 
 
 def environment() -> dict[str, str]:

@@ -77,8 +77,8 @@ def plan_sweep(
             raise _refused(f"'{key}' may not differ between trials", "--over",
                            "the choice has one price only if every trial has the same", "sweep other keys")  # fmt: skip
     private = config.privacy.epsilon
-    bounded = config.privacy.neighboring_relation == "add_or_remove_one" and not config.method.laplace
-    if private == "none" or not bounded or config.setting.kind != "central":
+    bounded = config.privacy.neighboring_relation == "add_or_remove_one" and config.setting.kind == "central"
+    if private == "none" or not bounded:
         raise _refused("this configuration has no bound for a choice between trials", "privacy and setting",
                        "it is proven for Gaussian noise under add_or_remove_one",
                        "use a central, private run with privacy.neighboring_relation: add_or_remove_one")  # fmt: skip
@@ -87,7 +87,9 @@ def plan_sweep(
         for values in itertools.product(*over.values())
     ]
     for setting in settings:
-        config.with_overrides(setting)  # what is wrong with one of them is said now
+        if config.with_overrides(setting).method.laplace:  # what is wrong with one of them is said now, too
+            raise _refused("a trial would have Laplace noise", "method.zeroth_noise", "the price is that of a choice "
+                           "between Gaussian releases", "set zeroth_noise: gaussian, in every trial")  # fmt: skip
     planned = make_plan(config)
     noise = selection.noise_multiplier(
         private, planned.sampling_prob, planned.total_steps, planned.delta, mean, law
@@ -139,8 +141,12 @@ def sweep(
     random = secrets.SystemRandom()
     drawn = [random.choice(planned.settings) for _ in range(selection.draw_trials(mean, law))]
     best: tuple[float, Path, list[str]] | None = None
+    price = make_plan(trial).event
     for number, setting in enumerate(drawn):
         path, score = _one(trial, setting, folder / "private" / "trials")
+        if RunDir.open(path).plan().event != price:
+            raise _refused("a trial does not release what was priced", "--over", "the choice has one price only if "
+                           "every trial has the same; nothing is released", "report this, with the keys")  # fmt: skip
         if best is None or score > best[0]:
             best = (score, path, setting)
         progress(number + 1, len(drawn))
@@ -152,9 +158,10 @@ def sweep(
 
 def _one(trial: Config, setting: list[str], folder: Path) -> tuple[Path, float]:
     """One training; its run folder and its score, which is larger for a better model."""
-    from sotto import commands
+    from sotto import commands, session
 
-    run = commands.train(trial.with_overrides([*setting, f"output.dir={folder}"]))
+    config = trial.with_overrides([*setting, f"output.dir={folder}"])
+    run = commands.run_session(session.start(config, "trial", trial=True), None)
     if not run.finished:
         raise KeyboardInterrupt
     scores = commands.evaluate(run.path)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sotto import checkpoint
+from sotto import checkpoint, dropout
 from sotto.activations import instead_of_layers
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler, microbatches
@@ -126,7 +125,7 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
 def _sum_of_all(s: Session, units: np.ndarray, step: int) -> ClippedSum:
     """The clipped sum of the drawn units, by all processes of the run."""
     mine = units if s.followers is None else s.followers.order(step, units)
-    with dropout_stream(s, step):
+    with dropout.masks(s.config, s.device, step):
         total = clipped_sum(s, mine, step)
     return total if s.followers is None else s.followers.gather(total)
 
@@ -225,18 +224,6 @@ def _does_not_fit(s: Holder) -> SottoError:
     )  # fmt: skip
 
 
-@contextmanager
-def dropout_stream(session: Holder, step: int) -> Iterator[None]:
-    """Gives each step dropout masks of its own, so that a step that is done again sees the same ones."""
-    if not session.config.method.dropout:
-        yield
-        return
-    seed = hashlib.sha256(f"dropout/{session.config.run.seed}/{step}".encode()).digest()[:8]
-    with torch.random.fork_rng(devices=[session.device] if session.device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(seed, "little"))
-        yield
-
-
 def check_gradients(session: Session) -> None:
     """Compares the engine with plain autograd on a few units: before anything is written, and when its rules change."""
     s = session
@@ -311,7 +298,8 @@ def norm_of(update: dict[str, torch.Tensor]) -> float:
 
 
 def save_checkpoint(session: Session) -> None:
-    """Writes a checkpoint.
+    """Writes a checkpoint: what was released and what follows from it. A microbatch that was halved because a batch did
+    not fit tells of that batch, so it does not stand there; a run that is resumed halves it again.
 
     Raises:
       SottoError: the disk is full or read-only. The last good checkpoint is untouched.
@@ -321,10 +309,7 @@ def save_checkpoint(session: Session) -> None:
         step=s.step,
         weights=s.optimizer.stored_weights(),
         optimizer=s.optimizer.state_tensors(),
-        extra={
-            "microbatch_size": s.microbatch_size,
-            **({"clip_thresholds": clipping.thresholds} if isinstance(clipping := s.engine.clipping, Adaptive) else {}),
-        },
+        extra={"clip_thresholds": clipping.thresholds} if isinstance(clipping := s.engine.clipping, Adaptive) else {},
     )
     try:
         checkpoint.save(s.run.checkpoints, state)

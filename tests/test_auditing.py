@@ -21,6 +21,9 @@ from sotto.auditing.bounds import clopper_pearson, gaussian, one_run, one_run_ep
 from sotto.config import Config
 from sotto.errors import SottoError
 from sotto.gradients.clipping import Flat
+from sotto.privacy import accounting
+from sotto.privacy import mechanism as mechanism_module
+from sotto.privacy.events import PoissonLaplace
 from sotto.privacy.mechanism import GaussianMechanism
 from sotto.privacy.noise import DebugNoise
 
@@ -96,6 +99,23 @@ def test_bounds_fail_no_more_often_than_they_say(mu: float):
     assert twin >= 60 or mu < 1
 
 
+@pytest.mark.parametrize(("scale", "steps", "sampling_prob"), [(0.25, 1, 1.0), (2.0, 20, 0.3), (4.0, 50, 0.2)])
+def test_the_bound_from_laplace_noise_fails_no_more_often_than_it_says(scale: float, steps: int, sampling_prob: float):
+    """As above, at 90 %. The twin has half of the noise that it accounts for, and is nearly always refuted."""
+    generator, wrong, refuted, found = np.random.default_rng(4), 0, 0, []
+    truth = accounting.pure_epsilon([(PoissonLaplace(scale, sampling_prob), steps)])
+    for _ in range(80):
+        member = generator.laplace(0, scale, (600, steps)) + (generator.random((600, steps)) < sampling_prob)
+        other = generator.laplace(0, scale, (600, steps))
+        arguments = (steps, sampling_prob, 0.9)
+        found.append(bounds.sampled_laplace(member.sum(1), np.abs(other).sum(1), *arguments).epsilon)
+        less = bounds.sampled_laplace(member.sum(1), np.abs(other).sum(1) / 2, *arguments)
+        wrong, refuted = wrong + (found[-1] > truth), refuted + (less.epsilon > truth)
+    assert wrong <= 22
+    assert refuted >= 60
+    assert np.median(found) > (0.8 if steps == 1 else 0.3) * truth
+
+
 def test_rates_of_attacks():
     inside, outside = np.array([3.0, 2.0, 2.0]), np.array([2.0, 1.0, 0.0, -1.0])
     assert bounds.area_under_curve(inside, outside) == pytest.approx((4 + 3.5 + 3.5) / 12)
@@ -129,6 +149,22 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(mechanism.secrets, "token_bytes", lambda size: bytes(range(size)))
     monkeypatch.setattr(sessions, "SecureNoise", lambda: DebugNoise(3))
     return monkeypatch
+
+
+@pytest.mark.parametrize("epsilon", [4.0, 8.0])
+def test_a_pure_promise_is_reached_in_one_step_of_all(tmp_path: Path, fixed: Any, epsilon: float):
+    """The Laplace mechanism's worst case: then a bound that assumes nothing of the noise comes near, too."""
+    method = {"gradient": "zeroth_order", "zeroth_preset": "dpzo", "zeroth_noise": "laplace"}
+    run = {"expected_batch_size": 60, "steps": 1, "spare_steps": 0}
+    config = tiny_runs.config(tmp_path, method=method, privacy={"epsilon": epsilon}, run=run)
+    report = mechanism.audit_mechanism(config, canaries=5000)
+    found = {bound.method: bound.epsilon / report.claimed for bound in report.bounds}
+    assert report.delta == 0
+    assert 0.8 <= found["sampled_laplace"] < 1
+    assert 0.5 <= found["clopper_pearson"] < 1
+    less = mechanism_module.floored_laplace
+    fixed.setattr(mechanism_module, "floored_laplace", lambda scale, below: less(scale * 7 // 10, below))
+    assert mechanism.audit_mechanism(config, canaries=5000).bug
 
 
 METHODS: list[dict[str, Any]] = [

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import tiny_runs
 import torch
+from scipy import stats
 from test_auditing import halved, no_noise
 
 import sotto
 from sotto import cli
 from sotto import session as sessions
-from sotto.auditing import canaries, extraction, planting
+from sotto.auditing import canaries, codes, extraction, planting
 from sotto.auditing.canaries import Diracs
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
@@ -178,8 +180,7 @@ def test_new_tokens_are_not_found_in_a_private_run(tmp_path: Path, kind: str, me
     report = sotto.audit(tiny_runs.config(tmp_path, kind, method=method), plant=40, kind="new_token")
     assert report.attack == "planted new-token canaries"
     assert not report.bug
-    assert ("planted_and_completed" in report.numbers) == (kind != "classification")
-    assert "exposure_of_planted_bits" not in report.numbers
+    assert "planted_and_completed" not in report.numbers
 
 
 def test_new_tokens_are_found_where_noise_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -234,56 +235,128 @@ class Parrot(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         logits = torch.zeros(*input_ids.shape, self.vocabulary) + self.nothing
         for row, ids in enumerate(input_ids.tolist()):
-            for at in range(len(ids) - 1):
+            for at in range(len(ids)):
                 if ids[: at + 1] == self.tokens[: at + 1] and at + 1 < len(self.tokens):
                     logits[row, at, self.tokens[at + 1]] = 9.0
         return type("Output", (), {"logits": logits})()
 
 
-def test_exposure_tells_what_a_model_knows_by_heart(tmp_path: Path):
-    config = tiny_runs.config(tmp_path, "completion")
+@pytest.fixture
+def spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that knows names and digits."""
+    words = [
+        *tiny_models.WORDS[:5],
+        *["The", "access", "code", "of", "is", "."],
+        *"0123456789",
+        *codes.FIRST,
+        *codes.LAST,
+    ]
+    words += [letter for letter in codes.INITIALS if letter not in words]
+    monkeypatch.setattr(tiny_models, "WORDS", [*words, *(f"w{i}" for i in range(tiny_models.VOCAB - len(words)))])
+
+
+def loaded(folder: Path, count: int) -> tuple[Any, codes.Secrets]:
+    config = tiny_runs.config(folder, "completion")
     parts = sessions.load_parts(config, "")
-    made = canaries.make(config, parts.data, parts.tokenizer, 5, np.random.default_rng(1))
-    known = made.examples.input_ids[made.examples.offsets[2] : made.examples.offsets[3]].tolist()
-    parrot, everyone = Parrot(known, 200), np.arange(5)
-    bits = extraction.exposures(
-        parrot, parts.tokenizer, made, everyone, parts.device, np.random.default_rng(0), rivals=15
-    )
-    assert bits.tolist() == [0.0, 0.0, 4.0, 0.0, 0.0], "ties are against the attacker"
-    done = extraction.completed(parrot, parts.tokenizer, made, parts.device)
+    parts.engine.detach()
+    return parts, codes.make(config, parts.data, parts.tokenizer, count, np.random.default_rng(1))
+
+
+def tokens_of(secrets: codes.Secrets, n: int) -> list[int]:
+    return secrets.data.examples.input_ids[slice(*secrets.data.examples.offsets[n : n + 2])].tolist()
+
+
+def test_secrets_can_be_read_and_their_codes_are_uniform(tmp_path: Path, spelling: None):
+    parts, secrets = loaded(tmp_path, 2000)
+    assert len({text.split(" is ")[0] for text in secrets.texts}) == 2000, "nobody has two"
+    for n in (0, 7, 1999):
+        assert secrets.texts[n].startswith("The access code of ")
+        digits = secrets.texts[n].split(" is ")[1].replace(" ", "")
+        assert int(digits) == secrets.numbers[n]
+        tokens, prompt = tokens_of(secrets, n), int(secrets.data.examples.prompt_lengths[n])
+        assert parts.tokenizer.decode(tokens[prompt:]).replace(" ", "") == digits
+        assert tokens[prompt:] == secrets.ends[secrets.numbers[n]]
+        assert parts.tokenizer.decode(tokens[:prompt]).replace(" ", "").endswith("is")
+    for place in (1, 10, 100):
+        counts = np.bincount(secrets.numbers // place % 10, minlength=10)
+        assert stats.chisquare(counts).pvalue > 1e-6
+    assert len(secrets.ends) == len({tuple(end) for end in secrets.ends}) == 1000
+
+
+def test_every_code_has_the_likelihood_that_a_plain_pass_gives_it(tmp_path: Path, spelling: None):
+    parts, secrets = loaded(tmp_path, 3)
+    prompt = tokens_of(secrets, 1)[: int(secrets.data.examples.prompt_lengths[1])]
+    found = extraction.log_likelihoods(parts.model.eval(), parts.tokenizer, prompt, secrets.ends, parts.device)
+    assert found.shape == (1000,)
+    for code in (0, 9, 130, 999):
+        ids = torch.tensor([[*prompt, *secrets.ends[code]]])
+        with torch.no_grad():
+            scores = parts.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        plain = sum(float(scores[at - 1, ids[0, at]]) for at in range(len(prompt), ids.shape[1]))
+        assert found[code] == pytest.approx(plain, abs=1e-4)
+
+
+def test_exposure_tells_what_a_model_knows_by_heart(tmp_path: Path, spelling: None):
+    parts, secrets = loaded(tmp_path, 5)
+    parrot: Any = Parrot(tokens_of(secrets, 2), 200)
+    bits = extraction.exposures(parrot, parts.tokenizer, secrets, np.arange(5), parts.device)
+    assert bits[2] == pytest.approx(math.log2(1000))
+    assert bits[[0, 1, 3, 4]].tolist() == [0.0] * 4, "ties are against the attacker"
+    done = extraction.completed(parrot, parts.tokenizer, secrets.data, parts.device)
     assert done.tolist() == [False, False, True, False, False]
-    parts.engine.detach()
 
 
-def test_exposure_of_what_was_never_seen_is_that_of_a_random_rank(tmp_path: Path):
-    config = tiny_runs.config(tmp_path, "completion")
-    parts = sessions.load_parts(config, "")
-    made = canaries.make(config, parts.data, parts.tokenizer, 60, np.random.default_rng(1))
-    bits = extraction.exposures(
-        parts.model, parts.tokenizer, made, np.arange(60), parts.device, np.random.default_rng(0), rivals=31
-    )
-    assert 0.8 < bits.mean() < 2.0, "1.4 for a uniform rank; its error here is 0.17"
-    parts.engine.detach()
+def test_exposure_of_what_was_never_seen_is_that_of_a_random_rank(tmp_path: Path, spelling: None):
+    parts, secrets = loaded(tmp_path, 60)
+    bits = extraction.exposures(parts.model.eval(), parts.tokenizer, secrets, np.arange(60), parts.device)
+    assert 0.7 < bits.mean() < 2.2, "1.44 for a uniform rank; its error here is 0.19"
 
 
-def test_the_report_of_a_language_model_has_both_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(extraction, "RIVALS", 15)
-    report = sotto.audit(tiny_runs.config(tmp_path, "plain_text"), plant=24)
+def test_secrets_stay_secret_in_a_private_run(tmp_path: Path, spelling: None):
+    report = sotto.audit(tiny_runs.config(tmp_path, "plain_text"), plant=24, kind="secret")
+    assert report.attack == "planted secrets"
+    assert not report.bug
     assert report.numbers["planted_and_completed"] == report.numbers["left_out_and_completed"] == 0
     assert 0 < report.numbers["exposure_of_planted_bits"] < 3.5
+    assert report.numbers["codes"] == 1000
+    assert "The access code of " in report.render()
+    assert "gives away" not in report.render()
     assert json.dumps(report.to_dict())
 
 
-def test_secrets_are_extracted_from_a_run_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_secrets_are_extracted_from_a_run_without_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: None, capsys: pytest.CaptureFixture[str]
+):
     no_noise(monkeypatch)
     tiny_runs.write_jsonl(tmp_path / "letters.jsonl", tiny_runs.rows(12))
     run: dict[str, Any] = {"steps": 100, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 200}
     privacy = {"epsilon": 0.3, "num_units": 12, "delta": 1e-2}
-    config = tiny_runs.config(tmp_path, "completion", run=run, method={"clip_norm": 10.0}, privacy=privacy)
-    numbers = sotto.audit(config, plant=24).numbers
+    path = tiny_runs.write_yaml(tmp_path, "completion", run=run, method={"clip_norm": 10.0}, privacy=privacy)
+    monkeypatch.setattr("sys.argv", ["sotto", "audit", str(path), "--plant", "24", "--kind", "secret", "--json"])
+    cli.main()
+    report = json.loads(capsys.readouterr().out)
+    numbers = report["numbers"]
     assert numbers["planted_and_completed"] >= numbers["planted"] / 2 > 0
-    assert numbers["left_out_and_completed"] == 0
-    assert numbers["exposure_of_planted_bits"] > 6 > 3 > numbers["exposure_of_left_out_bits"]
+    assert numbers["left_out_and_completed"] <= 1
+    assert numbers["exposure_of_planted_bits"] > 6 > 3.5 > numbers["exposure_of_left_out_bits"]
+    assert any(note.startswith("the model gives away: The access code of ") for note in report["notes"])
+
+
+def test_secrets_that_cannot_be_planted_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(says: str, kind: str, count: int = 8, **changes: Any) -> None:
+        with pytest.raises(SottoError, match=f"SOT707.*{says}"):
+            sotto.audit(tiny_runs.config(tmp_path, kind, **changes), plant=count, kind="secret")
+
+    refused("writes no text", "classification")
+    refused("cannot spell", "completion")
+    refused("names for", "completion", count=20_000)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_secret_that_is_too_long_is_refused(tmp_path: Path, spelling: None):
+    short = tiny_runs.config(tmp_path, "completion", data={"max_length": 8})
+    with pytest.raises(SottoError, match=r"SOT707.*tokens"):
+        sotto.audit(short, plant=8, kind="secret")
 
 
 def test_the_mechanism_under_attack_is_the_runs_own():

@@ -78,16 +78,36 @@ def test_a_unit_that_breaks_in_training_shows_nowhere(
     original = training.losses_of
 
     def losses_of(session: training.Session, examples: np.ndarray) -> torch.Tensor:
-        losses, lengths = original(session, examples), session.data.examples.lengths[examples]
-        units = session.data.units
-        members = units.members[units.offsets[replay.UNIT] : units.offsets[replay.UNIT + 1]]
-        strange = np.isin(examples, members) & (len(members) == 2) & (lengths.max() >= 16)
-        return losses * torch.where(torch.from_numpy(strange), value, 1.0)
+        losses = original(session, examples)
+        return losses * torch.where(torch.from_numpy(strange(session, examples)), value, 1.0)
 
     monkeypatch.setattr(training, "losses_of", losses_of)
     one, two = replay.pair(
         tmp_path, "classification", {"method": {"train": "full", **CLIPPINGS[clipping]}}, replay.changed
     )
+    check(one, two, replaced=True)
+
+
+def strange(session: training.Session, examples: np.ndarray) -> np.ndarray:
+    """(B,) which examples are those of the unit in which the datasets differ, in the second one."""
+    units, lengths = session.data.units, session.data.examples.lengths[examples]
+    members = units.members[units.offsets[replay.UNIT] : units.offsets[replay.UNIT + 1]]
+    return np.isin(examples, members) & (len(members) == 2) & (lengths.max() >= 16)
+
+
+def test_a_unit_that_does_not_fit_in_memory_shows_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch is computed in smaller pieces, and no file that may be handed over tells how small they were."""
+    original, refused = training.losses_of, list[int]()
+
+    def losses_of(session: training.Session, examples: np.ndarray) -> torch.Tensor:
+        if len(examples) > 3 and strange(session, examples).any():
+            refused.append(len(examples))
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
+        return original(session, examples)
+
+    monkeypatch.setattr(training, "losses_of", losses_of)
+    one, two = replay.pair(tmp_path, "classification", {"method": {"train": "full"}}, replay.changed)
+    assert refused
     check(one, two, replaced=True)
 
 

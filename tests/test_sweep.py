@@ -177,6 +177,31 @@ def test_what_is_released_does_not_tell_how_many_trials_there_were(tmp_path: Pat
     assert released(1) == released(3)
 
 
+def test_a_later_run_does_not_tell_how_many_trials_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The total of all runs on the data would, and their number; the owner sees both in the ledger."""
+
+    def released(trials: int) -> dict[str, Any]:
+        folder = tmp_path / str(trials)
+        folder.mkdir()
+        monkeypatch.setenv("SOTTO_LEDGER_DIR", str(folder / "ledger"))
+        monkeypatch.setattr(selection, "draw_trials", lambda mean, law: trials)
+        made = config(folder)
+        if trials:
+            sweeping.sweep(made, {"run.learning_rate": ["1e-3"]}, public_eval=True)
+        run = sotto.train(made)
+        assert len(sotto.ledger(made)["runs"]) == trials + 1
+        assert run.statement in (run.path / "model" / "README.md").read_text()
+        words = [line for line in run.statement.splitlines() if "same data" in line]
+        report = (run.path / "report.html").read_text()
+        assert ("must stay secret" in report) == ("must stay secret" in run.statement) == (trials > 0)
+        return {"words": words, **json.loads((run.path / "privacy.json").read_text())}
+
+    after = released(1)
+    assert after == released(3)
+    assert after["dataset_epsilon"] is after["dataset_runs"] is None
+    assert released(0)["dataset_runs"] == 1
+
+
 def done_plan(made: sotto.Config) -> sweeping.SweepPlan:
     return sweeping.plan_sweep(made, OVER)[0]
 
@@ -211,6 +236,8 @@ REFUSED = [
     (OVER, {}, False),
     (OVER, {"privacy": {"epsilon": "none"}}, True),
     (OVER, {"privacy": {"neighboring_relation": "replace_one"}}, True),
+    ({"method.zeroth_noise": ["gaussian", "laplace"]}, {"method": {"gradient": "zeroth_order"}}, True),
+    ({"method.gradient": ["ghost", "zeroth_order"]}, {"method": {"zeroth_noise": "laplace"}}, True),
 ]
 
 
@@ -219,6 +246,25 @@ def test_what_has_no_bound_is_refused(over: Any, changes: Any, public: bool, tmp
     with pytest.raises(SottoError, match="SOT495"):
         sweeping.sweep(config(tmp_path, **changes), over, public_eval=public)
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_trial_releases_what_was_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever keys differ between trials, their event is compared before one of them is released."""
+    monkeypatch.setattr(selection, "draw_trials", lambda mean, law: 1)
+    one = sweeping._one
+    monkeypatch.setattr(sweeping, "_one", lambda trial, *rest: one(trial.with_overrides(["run.steps=2"]), *rest))
+    with pytest.raises(SottoError, match=r"SOT495.*priced"):
+        sweeping.sweep(config(tmp_path), {"run.learning_rate": ["1e-3"]}, public_eval=True)
+    assert not list((tmp_path / "runs").glob("*/model"))
+
+
+@pytest.mark.parametrize("method", ["ghost", "layerwise", "zeroth_order"])
+def test_the_price_is_that_of_whatever_a_trial_trains(tmp_path: Path, method: str):
+    """One plan for all settings: the same noise, sampling probability and number of steps."""
+    planned, trial = sweeping.plan_sweep(config(tmp_path), {"method.gradient": ["book_keeping", method]})
+    plans = [make_plan(trial.with_overrides(setting)) for setting in planned.settings]
+    assert len({(plan.event, plan.total_steps, plan.delta) for plan in plans}) == 1
+    assert plans[0].noise_multiplier == planned.noise_multiplier
 
 
 def test_a_setting_that_is_wrong_is_refused_before_anything_is_trained(tmp_path: Path):

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import torch
@@ -16,6 +17,8 @@ from sotto import activations, checkpoint, memory_estimate, training
 from sotto import session as sessions
 from sotto.config import Config
 from sotto.errors import SottoError
+from sotto.gradients.base import ClippedSum
+from sotto.models.activation_cache import ActivationCache
 from sotto.models.load import load_model
 from sotto.models.source import inspect
 from sotto.models.trainable import describe, prepare
@@ -187,15 +190,34 @@ def test_the_cache_is_private_and_gone_in_the_end(tmp_path: Path, monkeypatch: p
     assert not folder.exists()
 
 
-def test_values_that_float16_cannot_hold_are_kept_in_bfloat16(tmp_path: Path):
-    config = tiny_runs.config(tmp_path, "completion", method=METHODS["side-cached"])
-    session = sessions.start(config, "run")
-    with torch.no_grad():  # hidden states beyond 65,504
-        session.model.stack.layers[-1].mlp.down_proj.weight.fill_(1e6)
-        session.model.get_input_embeddings().weight.mul_(100)
-    cache = activations.fill(session, training.autocast(config, session.device))
-    assert cache.dtype is torch.bfloat16
-    assert not cache.missing()
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_a_unit_whose_stored_outputs_are_strange_moves_the_sum_by_its_bound_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+):
+    """The others' gradients are computed from the same bits, whatever one unit's text makes of the frozen model."""
+    config = tiny_runs.config(tmp_path, "completion", method={**METHODS["side-cached"], "clip_norm": 1e-3})
+    units, strange = np.arange(12), 5
+
+    def summed(spoil: bool) -> ClippedSum:
+        session = sessions.start(config, "run")
+        rows, _ = session.data.units.members_of(np.array([strange]))
+        original = ActivationCache.write
+
+        def write(cache: ActivationCache, written: list[int], outputs: dict[int, torch.Tensor]) -> None:
+            for at, row in enumerate(written):
+                if spoil and row in rows:
+                    next(iter(outputs.values()))[at, 0, 0] = value
+            original(cache, written, outputs)
+
+        monkeypatch.setattr(ActivationCache, "write", write)
+        session.activations = activations.fill(session, training.autocast(config, session.device))
+        monkeypatch.setattr(ActivationCache, "write", original)
+        return training.clipped_sum(session, units, 0)
+
+    plain, spoilt = summed(False), summed(True)
+    assert int((plain.norms != spoilt.norms).sum()) == 1
+    moved = sum(float((a - spoilt.gradients[n]).double().square().sum()) for n, a in plain.gradients.items()) ** 0.5
+    assert 0 < moved < 2.01 * plain.sensitivity
 
 
 # ---- what is refused

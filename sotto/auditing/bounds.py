@@ -17,6 +17,7 @@ from scipy import stats
 from sotto.errors import SottoError
 from sotto.privacy import accounting
 from sotto.privacy.bounds import gaussian_epsilon
+from sotto.privacy.events import PoissonLaplace
 
 LARGEST = 100.0
 """Lower bounds are searched up to here."""
@@ -27,7 +28,7 @@ class LowerBound:
     """`epsilon` is not smaller than this, with the confidence that was asked for.
 
     Attributes:
-      method: `clopper_pearson`, `one_run`, `gaussian` or `sampled_gaussian`.
+      method: `clopper_pearson`, `one_run`, `gaussian`, `sampled_gaussian` or `sampled_laplace`.
       assumes: what has to hold besides the attack having been carried out as described.
     """
 
@@ -118,10 +119,34 @@ def sampled_gaussian(
     each = 1 - (1 - confidence) / 2
     n = len(outside)
     largest = math.sqrt(float((outside**2).sum()) / float(stats.chi2.ppf(1 - each, n)) / steps)
-    error = float(stats.t.ppf(each, len(inside) - 1)) * float(inside.std(ddof=1)) / math.sqrt(len(inside))
-    least = (float(inside.mean()) - error) / (steps * sampling_prob)
+    least = _least_mean(inside, each) / (steps * sampling_prob)
     found = 0.0 if least <= 0 else accounting.epsilon(largest / least, sampling_prob, steps, delta)
     return LowerBound("sampled_gaussian", found, "releases are Poisson-sampled, with Gaussian noise of some strength")
+
+
+def sampled_laplace(
+    inside: np.ndarray, magnitudes: np.ndarray, steps: int, sampling_prob: float, confidence: float = 0.95
+) -> LowerBound:
+    """As `sampled_gaussian`, of a pure epsilon: the exact sum over all steps, for the noise that was measured.
+
+    Args:
+      inside: (n,) scores of members.
+      magnitudes: (n',) sums over the steps of the absolute values that were released along non-members' coordinates.
+        Those of Laplace noise of scale b are exponential with mean b, so all together they are a Gamma variable.
+    """
+    each = 1 - (1 - confidence) / 2
+    largest = float(magnitudes.sum()) / float(stats.gamma.ppf(1 - each, len(magnitudes) * steps))
+    least = _least_mean(inside, each) / (steps * sampling_prob)
+    found = 0.0
+    if least > 0:
+        found = accounting.pure_epsilon([(PoissonLaplace(largest / least, sampling_prob), steps)])
+    return LowerBound("sampled_laplace", found, "releases are Poisson-sampled, with Laplace noise of some strength")
+
+
+def _least_mean(scores: np.ndarray, confidence: float) -> float:
+    """Lower end of a one-sided interval of a mean."""
+    error = float(stats.t.ppf(confidence, len(scores) - 1)) * float(scores.std(ddof=1)) / math.sqrt(len(scores))
+    return float(scores.mean()) - error
 
 
 def one_run(

@@ -1,5 +1,6 @@
-"""Units that an audit plants among those of a dataset: three kinds, from what anyone could write to the worst case.
+"""Units that an audit plants among those of a dataset: four kinds, from what anyone could write to the worst case.
 
+* `secret`: a sentence that can be read, with a code that a language model could give away (`codes`).
 * `input`: random tokens, with a random class, or a beginning without loss and a random end with it.
 * `new_token`: the same with a token that the model's vocabulary got for this canary alone. Nothing but the canary ever
   trains that token, so membership shows more clearly (Panda et al. 2025, arXiv 2503.06808).
@@ -28,7 +29,7 @@ from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Clipping
 from sotto.training import Mechanism
 
-Kind = Literal["input", "new_token", "gradient"]
+Kind = Literal["secret", "input", "new_token", "gradient"]
 LENGTH = 12
 """Tokens of a canary, half of them its beginning."""
 STEEPNESS = 100.0

@@ -1,14 +1,13 @@
-"""Does a language model give a planted canary away when it is prompted with its beginning?
+"""Does a language model give a planted secret away when it is prompted with its beginning?
 
 Two measures (Carlini et al. 2019, arXiv 1802.08232). Exact extraction: the likeliest continuation of the beginning is
-the canary's end, token for token. Exposure: among so many random ends after the same beginning, the rank that the model
-gives to the true one, in bits; of a canary that the model has never seen it is about 1.4 on average, whatever the
-number of ends.
+the code, token for token. Exposure: the rank that the model gives to the true code among all that it could be, in bits:
+log2(codes) - log2(rank). It is computed exactly, by the probability of each code; of a secret that the model has never
+seen it is about 1.4 on average, whatever the number of codes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -16,22 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from sotto.auditing.canaries import ordinary
-from sotto.auditing.membership import losses
+from sotto.auditing.codes import Secrets
 from sotto.data import LoadedData
-from sotto.data.examples import Examples
-from sotto.data.units import Units
 from sotto.losses import to_device
 
-RIVALS = 127
-"""Random ends that a true one is ranked among: the largest exposure is log2(RIVALS + 1)."""
 RANKED = 32
-"""Canaries of each kind whose exposure is measured, at most."""
+"""Secrets of each kind whose exposure is measured, at most."""
 
 
 @torch.no_grad()
 def completed(model: nn.Module, tokenizer: Any, data: LoadedData, device: torch.device, size: int = 32) -> np.ndarray:
-    """(n,) whether the likeliest continuation of a canary's beginning is its end.
+    """(n,) whether the likeliest continuation of a secret's beginning is its end.
 
     Every token of the end has to be the likeliest after those before it; then greedy generation writes the whole end.
     """
@@ -46,30 +40,38 @@ def completed(model: nn.Module, tokenizer: Any, data: LoadedData, device: torch.
 
 
 def exposures(
-    model: nn.Module,
-    tokenizer: Any,
-    data: LoadedData,
-    chosen: np.ndarray,
-    device: torch.device,
-    generator: np.random.Generator,
-    rivals: int = RIVALS,
+    model: nn.Module, tokenizer: Any, secrets: Secrets, chosen: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """Bits of exposure of each chosen canary: log2(rivals + 1) - log2(rank). Ties are broken against the attacker."""
-    found, usable = np.empty(len(chosen)), ordinary(tokenizer)
-    for place, canary in enumerate(chosen.tolist()):
-        tokens = data.examples.input_ids[data.examples.offsets[canary] : data.examples.offsets[canary + 1]]
-        prompt = int(data.examples.prompt_lengths[canary])
-        ends = usable[generator.integers(len(usable), size=(rivals, len(tokens) - prompt))]
-        sequences = [tokens.tolist(), *([*tokens[:prompt].tolist(), *end.tolist()] for end in ends)]
-        examples = Examples.build(
-            sequences,
-            rows=[-1] * len(sequences),
-            token_type_ids=None if data.examples.token_type_ids is None else [[0] * len(s) for s in sequences],
-            prompt_lengths=[prompt] * len(sequences),
-        )
-        units, _ = Units.build(None, len(sequences), 1, 0)
-        ranked = dataclasses.replace(data, examples=examples, units=units)
-        loss = losses(model, tokenizer, ranked, np.arange(len(sequences)), "generation", device, 64)
-        rank = 1 + int((loss[1:] <= loss[0]).sum())
-        found[place] = math.log2(rivals + 1) - math.log2(rank)
+    """Bits of exposure of each chosen secret. Ties are broken against the attacker."""
+    found, examples = np.empty(len(chosen)), secrets.data.examples
+    for place, secret in enumerate(chosen.tolist()):
+        start = examples.offsets[secret]
+        prompt = examples.input_ids[start : start + examples.prompt_lengths[secret]].tolist()
+        likely = log_likelihoods(model, tokenizer, prompt, secrets.ends, device)
+        rank = int((likely >= likely[secrets.numbers[secret]]).sum())
+        found[place] = math.log2(len(likely)) - math.log2(rank)
     return found
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module, tokenizer: Any, prompt: list[int], ends: list[list[int]], device: torch.device, size: int = 64
+) -> np.ndarray:
+    """(n,) log-probability of each end after the prompt. Beginnings that ends have in common are read once."""
+    begun = sorted({tuple(end[:n]) for end in ends for n in range(len(end))}, key=lambda begin: (len(begin), begin))
+    number = {begin: at for at, begin in enumerate(begun)}
+    wanted: list[list[int]] = [sorted({end[len(b)] for end in ends if tuple(end[: len(b)]) == b}) for b in begun]
+    steps: dict[tuple[int, ...], float] = {}
+    for start in range(0, len(begun), size):
+        some = begun[start : start + size]
+        length = len(prompt) + max(map(len, some))
+        ids = torch.full((len(some), length), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, begin in enumerate(some):
+            whole = torch.tensor([*prompt, *begin])
+            ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().log_softmax(-1).cpu()
+        for row, begin in enumerate(some):
+            last = logits[row, len(prompt) + len(begin) - 1]
+            steps |= {(*begin, token): float(last[token]) for token in wanted[number[begin]]}
+    return np.array([sum(steps[tuple(end[: n + 1])] for n in range(len(end))) for end in ends])

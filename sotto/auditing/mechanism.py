@@ -19,6 +19,7 @@ not the data pipeline or the gradients of the real model; those are compared wit
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,13 +77,25 @@ def audit_mechanism(config: Config, canaries: int = 5000, confidence: float = 0.
             fix="set privacy.epsilon, and take run.debug_noise_seed out",
         )  # fmt: skip
     member = np.random.default_rng(secrets.randbits(128)).random(canaries) < 0.5
-    scores = attack(config, plan, member)
-    return judge(plan, scores[member], scores[~member], confidence)
+    return judge(plan, attack(config, plan, member), member, confidence)
 
 
-def attack(config: Config, plan: Plan, member: np.ndarray) -> np.ndarray:
-    """(canaries,) scores after all steps: the number of clipping norms that were released along each canary's
-    coordinate. Of a member they are as many as the steps that drew it, plus noise; of others noise alone.
+@dataclass(frozen=True)
+class Scores:
+    """What an attacker has after all steps, in clipping norms along each canary's coordinate.
+
+    Attributes:
+      sums: (canaries,) of what was released: of a member as many as the steps that drew it, plus noise; of others noise
+        alone.
+      magnitudes: (canaries,) the same of absolute values.
+    """
+
+    sums: np.ndarray
+    magnitudes: np.ndarray
+
+
+def attack(config: Config, plan: Plan, member: np.ndarray) -> Scores:
+    """Makes all releases of a run.
 
     Args:
       member: (canaries,) bool, which of them take part.
@@ -93,13 +106,15 @@ def attack(config: Config, plan: Plan, member: np.ndarray) -> np.ndarray:
         source = (_Users if config.setting.kind == "federated" else _Gradients)(config, len(member))
     mechanism = sessions.make_mechanism(config, plan, source.clipping)
     sampler = PoissonSampler(len(member), plan.sampling_prob, secrets.token_bytes(16))
-    scores = np.zeros(len(member))
+    scores = Scores(np.zeros(len(member)), np.zeros(len(member)))
     for step in range(plan.steps):
         drawn = sampler.draw(step)
         total = source.clipped_sum(drawn[member[drawn]], step)
         sensitivity = total.sensitivity
         (released,) = mechanism.privatize(total, step).values()
-        scores += released.double().view(-1).numpy() * plan.expected_batch_size / sensitivity
+        seen = released.double().view(-1).numpy() * plan.expected_batch_size / sensitivity
+        scores.sums[:] += seen
+        scores.magnitudes[:] += np.abs(seen)
     return scores
 
 
@@ -160,31 +175,38 @@ class _Users:
         return self.cohort.shares.message(vector, self.noise, step, f"share of {sender}")
 
 
-def judge(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> AuditReport:
-    """Bounds from the scores of `attack`."""
+def judge(plan: Plan, scores: Scores, member: np.ndarray, confidence: float) -> AuditReport:
+    """Bounds from the scores of `attack`. A pure epsilon is attacked at delta 0."""
     return AuditReport(
         attack="mechanism",
         claimed=plan.epsilon_after(plan.steps),
-        delta=plan.delta,
+        delta=0.0 if plan.pure else plan.delta,
         confidence=confidence,
-        bounds=_bounds(plan, inside, outside, confidence),
-        certain=max(bound.epsilon for bound in _bounds(plan, inside, outside, CERTAINTY)),
+        bounds=_bounds(plan, scores, member, confidence),
+        certain=max(bound.epsilon for bound in _bounds(plan, scores, member, CERTAINTY)),
         numbers={
-            "canaries": len(inside) + len(outside),
+            "canaries": len(member),
             "steps": plan.steps,
-            "area_under_curve": bounds.area_under_curve(inside, outside),
+            "area_under_curve": bounds.area_under_curve(scores.sums[member], scores.sums[~member]),
         },
     )
 
 
-def _bounds(plan: Plan, inside: np.ndarray, outside: np.ndarray, confidence: float) -> list[LowerBound]:
-    threshold = plan.steps * plan.sampling_prob / 2  # half of what a member's steps add on average
-    gaussian = [] if plan.pure else [
-        bounds.sampled_gaussian(inside, outside, plan.steps, plan.sampling_prob, plan.delta, confidence),
-        bounds.gaussian(inside, outside, threshold, plan.delta, confidence),
-    ]  # fmt: skip
+def _bounds(plan: Plan, scores: Scores, member: np.ndarray, confidence: float) -> list[LowerBound]:
+    inside, outside = scores.sums[member], scores.sums[~member]
+    steps, sampling_prob, delta = plan.steps, plan.sampling_prob, 0.0 if plan.pure else plan.delta
+    if plan.pure:
+        of_noise = [
+            bounds.sampled_laplace(inside, scores.magnitudes[~member], steps, sampling_prob, confidence),
+        ]
+    else:
+        threshold = steps * sampling_prob / 2  # half of what a member's steps add on average
+        of_noise = [
+            bounds.sampled_gaussian(inside, outside, steps, sampling_prob, delta, confidence),
+            bounds.gaussian(inside, outside, threshold, delta, confidence),
+        ]
     return [
-        *gaussian,
-        bounds.clopper_pearson(inside, outside, plan.delta, confidence),
-        bounds.one_run(inside, outside, plan.delta, confidence),
+        *of_noise,
+        bounds.clopper_pearson(inside, outside, delta, confidence),
+        bounds.one_run(inside, outside, delta, confidence),
     ]

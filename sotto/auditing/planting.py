@@ -4,7 +4,7 @@ Each canary is a unit of its own, and a fair coin decides whether it is planted,
 then on it is drawn, clipped and hidden like any unit. After a run that is private like any other, the attacker guesses
 which coins fell how (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846): from the losses of input and new-token
 canaries, which needs the final model alone, or from the coordinates of gradient canaries in all that the run released.
-A language model is also asked to complete a canary's beginning (`extraction`).
+A language model is also asked to complete planted secrets (`extraction`).
 
 Planting costs the units of the dataset no privacy: each is drawn with the probability, and hidden by the noise, that
 the plan says. It costs the run: its steps are charged to the dataset's ledger, and its model has learnt nonsense.
@@ -23,13 +23,17 @@ from torch import nn
 
 from sotto import commands
 from sotto import session as sessions
-from sotto.auditing import bounds, canaries, extraction
+from sotto.auditing import bounds, canaries, codes, extraction
 from sotto.auditing.canaries import Diracs, Kind, Overheard
+from sotto.auditing.codes import Secrets
 from sotto.auditing.membership import losses
 from sotto.auditing.report import CERTAINTY, AuditReport
 from sotto.config import Config
 from sotto.data import LoadedData
 from sotto.errors import SottoError
+
+SHOWN = 3
+"""Secrets that a report repeats, at most, of those that the model gives away."""
 
 
 @dataclass
@@ -41,12 +45,14 @@ class Planted:
       inside: (n,) bool, which of them are planted.
       before: (n,) losses before training.
       diracs: of gradient canaries.
+      secrets: what they read, of secrets.
     """
 
     data: LoadedData
     inside: np.ndarray
     before: np.ndarray
     diracs: Diracs | None = None
+    secrets: Secrets | None = None
 
 
 def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind: Kind = "input") -> AuditReport:
@@ -68,7 +74,9 @@ def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind
 
     def plant(parts: sessions.Loaded) -> sessions.Loaded:
         first_new = _rows(parts.model) - count if kind == "new_token" else 0
-        data = canaries.make(config, parts.data, parts.tokenizer, count, generator, first_new)
+        form = (config, parts.data, parts.tokenizer, count, generator)
+        told = codes.make(*form) if kind == "secret" else None
+        data = told.data if told else canaries.make(*form, first_new)
         inside = generator.random(count) < 0.5
         before = _losses(parts.model, parts.tokenizer, data, config, parts.device)
         parts.model.train()
@@ -76,7 +84,7 @@ def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind
         if kind == "gradient":
             first, clip_norm = len(parts.data.examples), config.method.clip_norm
             diracs = Diracs.build(parts.engine, clip_norm, first, planted, count, generator)
-        made.append(Planted(data, inside, before, diracs))
+        made.append(Planted(data, inside, before, diracs, told))
         whole = canaries.among(parts.data, data, planted)
         return dataclasses.replace(parts, data=whole, planted=diracs.losses if diracs else None)
 
@@ -94,7 +102,7 @@ def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind
     scores = found.diracs.scores if found.diracs else found.before - _losses(
         run.model, session.tokenizer, found.data, config, session.device
     )  # fmt: skip
-    return _report(session, run, found, scores, kind, confidence, generator)
+    return _report(session, run, found, scores, kind, confidence)
 
 
 def _check(config: Config, kind: Kind) -> None:
@@ -126,9 +134,8 @@ def _report(
     scores: np.ndarray,
     kind: Kind,
     confidence: float,
-    generator: np.random.Generator,
 ) -> AuditReport:
-    plan, config = session.plan, session.config
+    plan = session.plan
     inside, outside = scores[found.inside], scores[~found.inside]
     numbers: dict[str, float] = {
         "planted": len(inside),
@@ -136,21 +143,23 @@ def _report(
         "share_of_a_batch": len(inside) / (len(inside) + plan.num_units),
         "area_under_curve": bounds.area_under_curve(inside, outside),
     }
-    if config.data.task == "generation" and kind != "gradient":
-        numbers |= _extracted(session, run.model, found, kind, generator)
+    notes = [f"the run {run.path} was charged to the ledger of the dataset; its model has learnt the canaries"]
+    if found.secrets is not None:
+        more, told = _extracted(session, run.model, found.secrets, found.inside)
+        numbers, notes = numbers | more, told + notes
     threshold = None
     if found.diracs is not None:
         threshold = found.diracs.strength * session.step * plan.sampling_prob / 2
     assert run.epsilon is not None
     return AuditReport(
-        attack=f"planted {kind.replace('_', '-')} canaries",
+        attack="planted secrets" if found.secrets else f"planted {kind.replace('_', '-')} canaries",
         claimed=run.epsilon,
         delta=plan.delta,
         confidence=confidence,
         bounds=_bounds(inside, outside, plan.delta, confidence, threshold),
         certain=max(bound.epsilon for bound in _bounds(inside, outside, plan.delta, CERTAINTY, threshold)),
         numbers=numbers,
-        notes=[f"the run {run.path} was charged to the ledger of the dataset; its model has learnt the canaries"],
+        notes=notes,
     )
 
 
@@ -166,19 +175,22 @@ def _bounds(
 
 
 def _extracted(
-    session: sessions.Session, model: nn.Module, found: Planted, kind: Kind, generator: np.random.Generator
-) -> dict[str, float]:
-    """What the model gives away when it is prompted."""
-    known = extraction.completed(model, session.tokenizer, found.data, session.device)
+    session: sessions.Session, model: nn.Module, secrets: Secrets, inside: np.ndarray
+) -> tuple[dict[str, float], list[str]]:
+    """What the model gives away when it is prompted, in numbers and in words: the secrets are nobody's."""
+    known = extraction.completed(model, session.tokenizer, secrets.data, session.device)
     numbers: dict[str, float] = {
-        "planted_and_completed": int(known[found.inside].sum()),
-        "left_out_and_completed": int(known[~found.inside].sum()),
+        "planted_and_completed": int(known[inside].sum()),
+        "left_out_and_completed": int(known[~inside].sum()),
+        "codes": len(secrets.ends),
     }
-    for name, of in (("planted", found.inside), ("left_out", ~found.inside)) if kind == "input" else ():
+    for name, of in (("planted", inside), ("left_out", ~inside)):
         chosen = np.flatnonzero(of)[: extraction.RANKED]
-        bits = extraction.exposures(model, session.tokenizer, found.data, chosen, session.device, generator)
+        bits = extraction.exposures(model, session.tokenizer, secrets, chosen, session.device)
         numbers |= {f"exposure_of_{name}_bits": float(bits.mean()), f"largest_of_{name}_bits": float(bits.max())}
-    return numbers
+    given_away = [secrets.texts[n] for n in np.flatnonzero(known & inside)[:SHOWN].tolist()]
+    words = [f"a secret reads '{secrets.texts[0]}'; its code is one of {len(secrets.ends):,}, all equally likely"]
+    return numbers, words + [f"the model gives away: {text}" for text in given_away]
 
 
 def _losses(model: nn.Module, tokenizer: Any, data: LoadedData, config: Config, device: torch.device) -> np.ndarray:

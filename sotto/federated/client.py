@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sotto import dropout
 from sotto.config import Config
 from sotto.config_federated import FederatedSetting
 from sotto.data import LoadedData, microbatches
@@ -80,9 +81,10 @@ class LocalTraining:
             return torch.zeros(self.layout.size)
         self.model.train(self.config.method.dropout)
         optimizer = self._optimizer()
-        for epoch in range(self.setting.local_epochs):
-            for rows in self._batches(order.step, epoch, examples):
-                self._descend(optimizer, rows, order.step)
+        with dropout.masks(self.config, self._device, order.step, "local"):
+            for epoch in range(self.setting.local_epochs):
+                for rows in self._batches(order.step, epoch, examples):
+                    self._descend(optimizer, rows, order.step)
         end = self.layout.flat(self.parameters)
         self._take(order.weights)
         return self.layout.flat(self.parameters).sub_(end).cpu()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sotto import dropout
 from sotto.config import Config
 from sotto.data import LoadedData, PoissonSampler, Units
 from sotto.federated.cohort import Cohort
@@ -68,7 +69,8 @@ class Site:
         if not self.checked and len(self.data.units):
             training.check_gradients_of(self, np.arange(min(training.CHECKED_UNITS, len(self.data.units))))
             self.checked = True
-        total = training.clipped_sum(self, units, order.step)
+        with dropout.masks(self.config, self.device, order.step, number):
+            total = training.clipped_sum(self, units, order.step)
         self.checked = self.engine.arrangement == self.engine.verified  # else some module has gone to another rule
         if isinstance(self.engine, ZerothOrder):
             vector = total.gradients[NAME].float()

@@ -4,6 +4,10 @@ With a side network, nothing that is trained changes what the backbone gives. So
 read in every later epoch. What is stored is as private as the text itself: the files are readable by their owner
 alone, lie in the run's folder, and are deleted by `wipe`.
 
+How a row is stored depends on that row alone: in float16, or in bfloat16, which has fewer digits, where it holds a
+value beyond 65,504. Were the type chosen for all rows together, one unit's text could change what is computed for
+everybody, and move the clipped sum by more than its bound.
+
 A kill costs what was not yet marked as finished. A row is marked after its values are on disk, with a checksum over
 them, and the checksums of all finished rows are compared when a cache is opened again.
 """
@@ -26,10 +30,10 @@ from torch import nn
 
 from sotto.errors import SottoError
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = (torch.float16, torch.bfloat16)
 ABOUT, HIDDEN, ROWS = "about.json", "hidden.bin", "rows.bin"
 DONE = 1 << 32
-"""Added to a finished row's checksum, so that an entry of zero bytes means: not finished."""
+"""Added to a finished row's checksum, once for float16 and twice for bfloat16: zero bytes mean that it is not there."""
 
 
 class ActivationCache:
@@ -38,9 +42,8 @@ class ActivationCache:
     Shape legend: B rows asked for, T tokens of the longest of them, d width of the backbone.
     """
 
-    def __init__(self, folder: Path, lengths: Sequence[int], layers: Sequence[int], width: int, dtype: str):
+    def __init__(self, folder: Path, lengths: Sequence[int], layers: Sequence[int], width: int):
         self.folder, self.layers, self.width = folder, tuple(layers), width
-        self.dtype = DTYPES[dtype]
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._hidden = os.open(folder / HIDDEN, flags, 0o600)
@@ -58,7 +61,6 @@ class ActivationCache:
         lengths: Sequence[int],
         layers: Sequence[int],
         width: int,
-        dtype: str = "float16",
         fingerprint: str = "",
     ) -> ActivationCache:
         """Opens a cache, or makes an empty one. One that was made for anything else is wiped first.
@@ -68,7 +70,6 @@ class ActivationCache:
           lengths: tokens of each row of the dataset.
           layers: indices of the layers whose outputs are kept.
           width: d, numbers per token and layer.
-          dtype: `float16`, or `bfloat16` for backbones whose hidden states pass 65,504.
           fingerprint: of the data and the backbone (see `fingerprint`): stored outputs are of use for these alone.
 
         Raises:
@@ -76,10 +77,9 @@ class ActivationCache:
         """
         digest = hashlib.sha256(np.asarray(lengths, dtype=np.int64).tobytes()).hexdigest()
         about = {
-            "version": 1,
+            "version": 2,
             "layers": list(layers),
             "width": width,
-            "dtype": dtype,
             "lengths": digest,
             "made_for": fingerprint,
         }
@@ -89,7 +89,7 @@ class ActivationCache:
             if not folder.exists():
                 folder.mkdir(mode=0o700)
                 folder.chmod(0o700)
-            cache = cls(folder, lengths, layers, width, dtype)
+            cache = cls(folder, lengths, layers, width)
             _write_private(folder / ABOUT, json.dumps(about, indent=2) + "\n")
         except OSError as error:
             raise _no_room(folder, error.strerror or str(error)) from error
@@ -111,25 +111,23 @@ class ActivationCache:
         return rows[np.argsort(lengths, kind="stable")].tolist()
 
     def write(self, rows: Sequence[int], outputs: Mapping[int, torch.Tensor]) -> None:
-        """Stores the outputs of some rows.
+        """Stores the outputs of some rows. What is not finite is stored as it is: it spoils its own row alone.
 
         Args:
           rows: their numbers in the dataset, B of them.
           outputs: layer -> (B, T, d), padded on the right.
-
-        Raises:
-          SottoError: SOT351, a value cannot be stored in the cache's type.
         """
-        stored = {layer: outputs[layer].detach().to("cpu", self.dtype) for layer in self.layers}
+        given = {layer: outputs[layer].detach().cpu() for layer in self.layers}
         marks = {}
         for i, row in enumerate(rows):
             length = self._length(row)
-            values_LTd = torch.stack([stored[layer][i, :length] for layer in self.layers])
+            exact_LTd = torch.stack([given[layer][i, :length] for layer in self.layers])
+            values_LTd, kind = exact_LTd.half(), 1
             if not bool(torch.isfinite(values_LTd).all()):
-                raise self._not_finite()
+                values_LTd, kind = exact_LTd.bfloat16(), 2
             content = values_LTd.view(torch.int16).numpy().tobytes()
             _write_all(self._hidden, content, self._offset(row) * 2)
-            marks[row] = DONE + zlib.crc32(content)
+            marks[row] = kind * DONE + zlib.crc32(content)
         os.fsync(self._hidden)  # before any of them is marked
         for row, mark in marks.items():
             _write_all(self._rows, mark.to_bytes(8, "little"), 8 * row)
@@ -150,10 +148,10 @@ class ActivationCache:
                 fix="fill the cache first: fill(cache, model, ...)",
             )  # fmt: skip
         longest = max((self._length(row) for row in rows), default=0)
-        found = torch.zeros(len(self.layers), len(rows), longest, self.width, dtype=self.dtype)
+        found = torch.zeros(len(self.layers), len(rows), longest, self.width)
         for i, row in enumerate(rows):
             found[:, i, : self._length(row)] = self._stored(row)
-        return {layer: found[k].to(device).float() for k, layer in enumerate(self.layers)}
+        return {layer: found[k].to(device) for k, layer in enumerate(self.layers)}
 
     def close(self) -> None:
         """Releases the files. They stay."""
@@ -176,20 +174,12 @@ class ActivationCache:
         return np.array(self._values[self._offset(row) : self._offset(row + 1)])
 
     def _stored(self, row: int) -> torch.Tensor:
-        flat = torch.from_numpy(self._raw(row)).view(self.dtype)
+        flat = torch.from_numpy(self._raw(row)).view(DTYPES[int(self._marks[row]) // DONE - 1])
         return flat.view(len(self.layers), self._length(row), self.width)
 
     def _is_sound(self, row: int) -> bool:
         mark = int(self._marks[row])
-        return mark != 0 and mark == DONE + zlib.crc32(self._raw(row).tobytes())
-
-    def _not_finite(self) -> SottoError:
-        small = self.dtype is torch.float16
-        return SottoError(
-            "SOT351", what=f"an output of the backbone cannot be stored in {str(self.dtype).removeprefix('torch.')}",
-            where=str(self.folder), why="it is not finite" + (", or beyond 65,504" if small else ""),
-            fix="store bfloat16" if small else "train without the activation cache",
-        )  # fmt: skip
+        return mark // DONE in (1, 2) and mark % DONE == zlib.crc32(self._raw(row).tobytes())
 
 
 def fill(

@@ -139,16 +139,19 @@ def build_config(facts: ModelFacts, *, keep_dropout: bool) -> PreTrainedConfig:
             fix="Download or copy the model's folder again, or upgrade transformers.",
         ) from error
     config._name_or_path = str(facts.path)
-    if not keep_dropout:
-        remove_dropout(config)
+    remove_dropout(config, ("layerdrop",) if keep_dropout else ("drop", "jitter"))
     config.use_cache = False  # keys and values of past tokens serve generation; in training they only cost memory
     return config
 
 
-def remove_dropout(config: PreTrainedConfig) -> list[str]:
+def remove_dropout(config: PreTrainedConfig, words: tuple[str, ...] = ("drop", "jitter")) -> list[str]:
     """Sets every rate of random dropping (and routing jitter) to zero, in nested configurations as well.
 
     Under DP the noise regularises already, and a backward pass that is computed twice must see the same network.
+    LayerDrop goes in any case: one draw for a whole microbatch is nobody's own (see `sotto.dropout`).
+
+    Args:
+      words: what the names of such rates hold.
 
     Returns:
       the names of the keys that were changed.
@@ -156,8 +159,8 @@ def remove_dropout(config: PreTrainedConfig) -> list[str]:
     changed = []
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            changed += [f"{name}.{key}" for key in remove_dropout(value)]
-        elif ("drop" in name or "jitter" in name) and isinstance(value, float | int) and value and value is not True:
+            changed += [f"{name}.{key}" for key in remove_dropout(value, words)]
+        elif any(word in name for word in words) and isinstance(value, float | int) and value and value is not True:
             setattr(config, name, 0.0)
             changed.append(name)
     return changed

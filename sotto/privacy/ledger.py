@@ -39,6 +39,7 @@ class RunRecord:
       delta, neighboring_relation: those of the run's own guarantee.
       reserved: steps charged so far; a step that was done again counts again.
       closed: no more steps will be reserved.
+      secret: nobody but the owner of the data may learn that there was this run: a trial of a sweep.
       attempts: step -> how often it was reserved.
     """
 
@@ -48,6 +49,7 @@ class RunRecord:
     neighboring_relation: str
     reserved: int = 0
     closed: bool = False
+    secret: bool = False
     attempts: dict[int, int] = field(default_factory=dict[int, int])
 
     @property
@@ -103,6 +105,7 @@ class Ledger:
         *,
         delta: float,
         neighboring_relation: str = "add_or_remove_one",
+        secret: bool = False,
     ) -> None:
         """Announces a run, if the dataset's budget allows all of it. Opening it again, unchanged, does nothing.
 
@@ -111,6 +114,7 @@ class Ledger:
           event: what one step releases.
           steps: the most steps that it will reserve, spare ones included.
           delta, neighboring_relation: those of the run's own guarantee.
+          secret: as in `RunRecord`.
 
         Raises:
           BudgetExceeded: SOT414, spent + planned by open runs + this run would pass the budget. Nothing was written.
@@ -139,6 +143,7 @@ class Ledger:
                 steps=steps,
                 delta=delta,
                 neighboring_relation=neighboring_relation,
+                **({"secret": True} if secret else {}),
             )
 
     def reserve(self, run_id: str, step: int, event: Event) -> None:
@@ -229,6 +234,11 @@ class Ledger:
         """Epsilon, at `delta`, of everything charged: an upper bound, composed by events and not by adding epsilons."""
         return accounting.composed_epsilon(self.events(), delta, neighboring_relation)
 
+    @property
+    def secretive(self) -> bool:
+        """Whether how many runs there were, or what they spent together, must not be published."""
+        return any(run.secret for run in self._runs.values())
+
     def summary(self) -> dict[str, Any]:
         """For display: the dataset, its budget, what is spent (at the budget's delta) and every run."""
         spent = None
@@ -309,6 +319,7 @@ class Ledger:
                 check_count("steps", entry["steps"], at_least=1),
                 check_number("delta", entry["delta"], above=0, below=1),
                 check_relation(entry["neighboring_relation"]),
+                secret=entry.get("secret") is True,
             )
         elif kind == "close":
             self._runs[entry["run"]].closed = True

@@ -34,14 +34,18 @@ DELTAS = (0.1, 0.03, 0.01, 0.003, 0.001)
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What one run earned. `epsilon` counts every step that was paid for, those lost in a crash included."""
+    """What one run earned. `epsilon` counts every step that was paid for, those lost in a crash included.
+
+    `dataset_epsilon`, `dataset_runs`: of all runs on the data; None where a sweep was among them, because the number of
+    its trials must stay secret.
+    """
 
     plan: Plan
     steps_taken: int
     steps_charged: int
     epsilon: float
-    dataset_epsilon: float
-    dataset_runs: int
+    dataset_epsilon: float | None
+    dataset_runs: int | None
 
     @classmethod
     def from_facts(cls, plan: Plan, facts: Mapping[str, Any]) -> Guarantee:
@@ -89,7 +93,9 @@ class Guarantee:
         return min(1.0, *rates)
 
 
-def earned(plan: Plan, steps_taken: int, steps_charged: int, dataset_epsilon: float, dataset_runs: int) -> Guarantee:
+def earned(
+    plan: Plan, steps_taken: int, steps_charged: int, dataset_epsilon: float | None, dataset_runs: int | None
+) -> Guarantee:
     """The guarantee of a finished run.
 
     Raises:
@@ -102,7 +108,8 @@ def earned(plan: Plan, steps_taken: int, steps_charged: int, dataset_epsilon: fl
         )  # fmt: skip
     epsilon = plan.epsilon_after(steps_charged) if steps_charged else 0.0
     own = epsilon if not plan.pure else plan.epsilon_at(steps_charged, plan.delta)
-    return Guarantee(plan, steps_taken, steps_charged, epsilon, max(own, dataset_epsilon), dataset_runs)
+    total = None if dataset_epsilon is None else max(own, dataset_epsilon)
+    return Guarantee(plan, steps_taken, steps_charged, epsilon, total, dataset_runs)
 
 
 def who(plan: Plan) -> str:
@@ -157,6 +164,11 @@ def lost_steps(guarantee: Guarantee) -> str | None:
 def dataset(guarantee: Guarantee) -> str:
     """What all runs on the same data cost together."""
     plan, g = guarantee.plan, guarantee
+    if g.dataset_epsilon is None:
+        return (
+            "What all runs on the same data cost together is in the ledger, for the owner of the data alone: a sweep "
+            "was among them, and how many trainings that took must stay secret."
+        )
     return (
         f"Together with all runs that protect this unit on the same data ({g.dataset_runs} in the ledger) epsilon is "
         f"{accounting.round_up(g.dataset_epsilon)}{f' at delta {plan.delta:g}' if plan.pure else ''}."
@@ -295,7 +307,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "numbers_released_per_step": plan.probes * plan.parts or None,
         "expected_batch_size": plan.expected_batch_size,
         "epsilon_without_amplification": plan.unamplified_epsilon,
-        "dataset_epsilon": float(accounting.round_up(g.dataset_epsilon, 6)),
+        "dataset_epsilon": None if (total := g.dataset_epsilon) is None else float(accounting.round_up(total, 6)),
         "dataset_runs": g.dataset_runs,
         "released": "final weights and all checkpoints",
         "not_covered": not_covered(plan),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faults_between_units
 import faults_in_accounting
 import faults_in_distributed
 import faults_in_exact_noise
@@ -12,12 +13,15 @@ import faults_in_noise
 import faults_in_releases
 import faults_in_sampling
 import faults_in_split
+import faults_in_tuning
+import faults_in_wiring
 import faults_in_zeroth_order
 import mutant
 import pytest
 from mutant import CATALOGUE, CLASSES, Mutant
 
 FILES = (
+    faults_between_units,
     faults_in_accounting,
     faults_in_distributed,
     faults_in_exact_noise,
@@ -28,6 +32,8 @@ FILES = (
     faults_in_releases,
     faults_in_sampling,
     faults_in_split,
+    faults_in_tuning,
+    faults_in_wiring,
     faults_in_zeroth_order,
 )
 

@@ -1,0 +1,50 @@
+"""Faults in the price of choosing between trainings, and of scores on private data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mutant import caught_by, wrapped
+
+from sotto import sweeping
+from sotto.rundir import RunDir
+
+LAW = "test_sweep.py::test_the_number_of_trials_follows_its_law["
+
+
+@caught_by("test_sweep.py::test_what_has_no_bound_is_refused[over6-", 24)
+def a_trial_may_have_laplace_noise(m: pytest.MonkeyPatch) -> None:
+    """The choice is priced for Gaussian releases, and a swept key makes them others."""
+    m.setattr("sotto.config_method.MethodSection.laplace", property(lambda self: False))
+
+
+@caught_by("test_sweep.py::test_every_trial_releases_what_was_priced", 24)
+def trials_are_not_compared_with_their_price(m: pytest.MonkeyPatch) -> None:
+    """A key that changes what a step releases is swept like any other."""
+    price: list[Any] = []
+
+    def make_plan(right: Any, config: Any) -> Any:
+        price.append(right(config))
+        return price[-1]
+
+    wrapped(m, sweeping, "make_plan", make_plan)
+    wrapped(m, RunDir, "plan", lambda right, self: price[-1])
+
+
+@caught_by(LAW + "geometric", 20)
+def one_trial_more_than_the_law_says(m: pytest.MonkeyPatch) -> None:
+    """The number of trials is that of failures before a success, plus two."""
+    wrapped(m, sweeping.selection, "draw_trials", lambda right, *args: right(*args) + 1)
+
+
+@caught_by(LAW + "logarithmic", 20)
+def both_laws_are_geometric(m: pytest.MonkeyPatch) -> None:
+    """The logarithmic law is named, and priced, and not drawn."""
+    wrapped(m, sweeping.selection, "draw_trials", lambda right, mean, law="", *u: right(mean, "geometric", *u))
+
+
+@caught_by("test_sweep.py::test_a_later_run_does_not_tell_how_many_trials_there_were", 21)
+def a_later_run_counts_the_trials_of_a_sweep(m: pytest.MonkeyPatch) -> None:
+    """The total over the data, and the number of runs, in the statement of whatever is trained next."""
+    m.setattr("sotto.privacy.ledger.Ledger.secretive", False)
