@@ -37,7 +37,7 @@ def finish(session: Session) -> tuple[Guarantee | None, str | None]:
         guarantee = _guarantee(session, session.budget)
         words = statement.text(guarantee)
         privacy = statement.machine_readable(guarantee, sessions.environment())
-    facts = privacy or {"private": False, "reason": session.plan.not_private}
+    facts = privacy or {"private": False, "reason": session.plan.not_private, "steps": session.step}
     session.engine.detach()
     if session.config.output.export != "none":
         trained = Trained(session.model, session.tokenizer, session.config, session.plan, session.run.id)
@@ -58,7 +58,7 @@ def _guarantee(session: Session, budget: LedgerBudget) -> Guarantee:
     ledger, plan = budget.ledger, session.plan
     spent = ledger.spent(plan.delta, plan.neighboring_relation)
     runs = len(ledger.runs)
-    return statement.earned(plan, session.step, ledger.reserved(session.run.id), spent, runs)
+    return statement.earned(plan, session.step, ledger.charged(session.run.id), spent, runs)
 
 
 @dataclass(frozen=True)
