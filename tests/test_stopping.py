@@ -137,9 +137,9 @@ def test_a_look_needs_no_private_text(tmp_path: Path) -> None:
     with session.held:
         session.step = 1
         expected = session.rule.look(session)
-        blind = dataclasses.replace(session, data=None, sampler=None, mechanism=None, activations=None, rule=None)  # type: ignore[arg-type]
+        other = dataclasses.replace(session, data=session.rule.text, sampler=None, mechanism=None, rule=None)  # type: ignore[arg-type]
         rule = dataclasses.replace(session.rule, best=math.inf, waited=0)
-        assert rule.look(blind) == expected
+        assert rule.look(other) == expected
     session.engine.detach()
 
 
