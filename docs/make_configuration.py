@@ -25,8 +25,8 @@ environment variable. `--set section.key=value` on the command line overrides on
 
 Epsilon depends on the keys of `privacy`, on `run.expected_batch_size`, on `run.steps` or `run.epochs`, and on
 `run.spare_steps`; with `run.patience` the spare steps count in any case. `run.microbatch_size`, `run.memory`,
-`run.device` and `method.gradient` change speed and memory only; but `method.gradient: layerwise` is another way to clip,
-with other scores under the same epsilon.
+`run.device` and `method.gradient` change speed and memory only; but `method.gradient: layerwise` is another way to
+clip, with other scores under the same epsilon.
 """
 
 

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
 import yaml
@@ -19,6 +20,7 @@ from sotto import session as sessions
 from sotto.config import Config
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.metrics import Metrics
+from sotto.privacy import bounds
 from sotto.privacy.ledger import Ledger
 from sotto.reporting import ledger_text, plan_text, progress
 from sotto.rundir import RunDir
@@ -156,6 +158,28 @@ def test_the_size_of_a_look_does_not_follow_the_private_text(tmp_path: Path) -> 
 
 
 # ---- what it costs
+
+
+def test_why_the_steps_that_were_taken_are_not_the_price() -> None:
+    """Gaussian releases, and a rule that ends where they tell two datasets apart: is (epsilon, delta) kept?
+
+    Under the first dataset the privacy loss after t steps is a sum of t normals of mean mu^2 / 2 and variance mu^2.
+    The epsilon of all steps holds for the cut transcript; that of the steps taken lets through several times delta.
+    """
+    steps, mu, delta, runs = 40, 0.2, 0.02, 100_000
+    generator = np.random.default_rng(7)
+    loss_RT = generator.normal(mu**2 / 2, mu, (runs, steps)).cumsum(1)
+    epsilon_T = np.array([bounds.gaussian_epsilon(mu * math.sqrt(t), delta) for t in range(1, steps + 1)])
+    ends = np.where((loss_RT > epsilon_T).any(1), (loss_RT > epsilon_T).argmax(1), steps - 1)
+    loss_R = loss_RT[np.arange(runs), ends]
+
+    def broken(epsilon: Any) -> float:
+        """The delta that an epsilon needs."""
+        return float(np.clip(1 - np.exp(epsilon - loss_R), 0, None).mean())
+
+    assert ends.mean() < steps - 2
+    assert broken(epsilon_T[-1]) < delta
+    assert broken(epsilon_T[ends]) > 1.5 * delta
 
 
 def test_all_planned_steps_are_charged_and_stated(tmp_path: Path) -> None:
