@@ -1,6 +1,7 @@
 """The default zeroth-order preset against `dpzero`: scores at the same epsilon and the same number of forward passes.
 
     python benchmarks/presets.py --model <all-MiniLM-L6-v2> --data <folder> [--task sst2] [--passes 1920] [--few 512]
+    python benchmarks/presets.py --model <all-MiniLM-L6-v2> --data <folder> --task sst2 --write <folder> [--draw 1]
 
 Each run trains a classifier's head on a frozen encoder from losses alone. Everything below the head gives the same for
 all probes, so it is run once for each text, and the runs of a task share what it gave; sampling, probes, clipping,
@@ -10,7 +11,8 @@ noise and updates are those of `sotto train`, and so is the plan. `aggzo` has on
 `aggzo` with Laplace noise at pure epsilon 4.
 
 The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv and ag_news/test.csv, of which a
-tenth is held out. `--write` writes a task's train.csv and eval.csv to a folder, for `benchmarks/methods.py`.
+tenth is held out. `--write` writes a task's train.csv, eval.csv and recipe to a folder, for `benchmarks/methods.py`.
+`--draw 1` takes other texts, and as many held-out ones from what is left of the training file: to choose a rate on.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 import sotto
 from sotto import session as sessions
@@ -75,13 +78,52 @@ def ag_news(folder: Path) -> tuple[Rows, Rows]:
 TASKS = {"sst2": sst2, "sst5": sst5, "ag_news": ag_news, "rte": rte}
 
 
-def few(rows: Rows, each: int) -> Rows:
-    """So many rows of each label, in a fixed random order: the few-shot sets on which DPZero and AggZO report."""
+def few(rows: Rows, each: int, draw: int = 0) -> tuple[Rows, Rows]:
+    """So many rows of each label, in a fixed random order: the few-shot sets on which DPZero and AggZO report.
+
+    Returns:
+      The rows, and those that no draw up to this one has.
+    """
     rows = random.Random(0).sample(rows, len(rows))
     kept: dict[str, Rows] = {}
     for row in rows:
         kept.setdefault(row[-1], []).append(row)
-    return [row for of_label in kept.values() for row in of_label[:each]]
+    found = [row for of_label in kept.values() for row in of_label[draw * each : (draw + 1) * each]]
+    return found, [row for of_label in kept.values() for row in of_label[(draw + 1) * each :]]
+
+
+def texts(args: argparse.Namespace, task: str) -> tuple[Rows, Rows]:
+    """The texts to train on, and those held out."""
+    train, held = TASKS[task](args.data)
+    if not args.few:
+        return train, held
+    train, rest = few(train, args.few, args.draw)
+    return train, random.Random(1).sample(rest, min(len(rest), len(held))) if args.draw else held
+
+
+def write_recipe(args: argparse.Namespace, task: str) -> None:
+    """A task's texts and their recipe: `args.write` holds train.csv, eval.csv and <task>.yaml."""
+    train, held = texts(args, task)
+    args.write.mkdir(parents=True, exist_ok=True)
+    write(args.write / "train.csv", train)
+    write(args.write / "eval.csv", held)
+    values = settings(args, args.write, len(train), sorted({row[-1] for row in train}), len(train[0]) == 3)
+    values["data"]["eval"] = str(args.write / "eval.csv")
+    values["run"] |= {"steps": args.passes // 16, "expected_batch_size": args.batch, "microbatch_size": 32}
+    (args.write / f"{task}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def settings(
+    args: argparse.Namespace, folder: Path, count: int, labels: list[str], pairs: bool, name: str = "train"
+) -> dict[str, Any]:
+    """The part of a configuration that all methods share."""
+    data: dict[str, Any] = {"train": str(folder / f"{name}.csv"), "text": "text", "label": "label", "labels": labels}
+    return {
+        "model": {"name": args.model, "pooling": "mean"},
+        "data": data | {"max_length": args.length} | ({"text_pair": "pair"} if pairs else {}),
+        "privacy": {"unit": "record", "num_units": count, "epsilon": 2.0},
+        "run": {"schedule": "linear"},
+    }
 
 
 def write(path: Path, rows: Rows) -> None:
@@ -95,8 +137,7 @@ class Bench:
     """A task, with what the frozen encoder makes of its texts."""
 
     def __init__(self, args: argparse.Namespace, task: str, folder: Path):
-        train, held = TASKS[task](args.data)
-        train = few(train, args.few) if args.few else train
+        train, held = texts(args, task)
         self.args, self.folder, self.size = args, folder / task, len(train)
         self.pairs, self.labels = len(train[0]) == 3, sorted({row[-1] for row in train})
         self.folder.mkdir()
@@ -113,16 +154,13 @@ class Bench:
         laplace, count = preset == "laplace", self.size if name == "train" else 1
         method = {"train": "head", "gradient": "zeroth_order", "zeroth_preset": "aggzo" if laplace else preset}
         method |= {"zeroth_noise": "laplace"} if laplace else {}
-        privacy: dict[str, Any] = {"unit": "record", "num_units": count, "epsilon": epsilon}
-        privacy |= {"neighboring_relation": "replace_one"} if preset == "dpzero" else {}
-        return sotto.Config.from_dict({
-            "model": {"name": self.args.model, "pooling": "mean"},
-            "data": {"train": str(self.folder / f"{name}.csv"), "text": "text", "label": "label", "labels": self.labels,
-                     "max_length": self.args.length} | ({"text_pair": "pair"} if self.pairs else {}),
-            "privacy": privacy, "method": method,
-            "run": {"steps": passes // (2 if preset == "dpzero" else 16), "optimizer": "sgd", "schedule": "linear",
-                    "expected_batch_size": min(self.args.batch, count)} | ({"learning_rate": rate} if rate else {}),
-        })  # fmt: skip
+        values = settings(self.args, self.folder, count, self.labels, self.pairs, name) | {"method": method}
+        values["privacy"]["epsilon"] = epsilon
+        values["privacy"] |= {"neighboring_relation": "replace_one"} if preset == "dpzero" else {}
+        values["run"] |= {"steps": passes // (2 if preset == "dpzero" else 16), "optimizer": "sgd"}
+        values["run"] |= {"expected_batch_size": min(self.args.batch, count)}
+        values["run"] |= {"learning_rate": rate} if rate else {}
+        return sotto.Config.from_dict(values)
 
     def features(self, parts: Any) -> dict[str, torch.Tensor]:
         """What goes into the head, for every text, and the labels."""
@@ -196,13 +234,12 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=512, help="so many records of each label; 0 for all")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="write the texts and stop")
+    parser.add_argument("--draw", type=int, default=0, help="which texts, where there are few")
+    parser.add_argument("--write", type=Path, help="write one task's texts and recipe, and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.write:
-        train, held = TASKS[args.task[0]](args.data)
-        write(args.write / "train.csv", few(train, args.few) if args.few else train)
-        write(args.write / "eval.csv", held)
+        write_recipe(args, args.task[0])
         return
     with tempfile.TemporaryDirectory() as name:
         for task in args.task or ["sst2", "sst5", "ag_news"]:

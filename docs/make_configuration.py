@@ -24,8 +24,9 @@ do not exist are refused, and the error names the closest key that does. `${NAME
 environment variable. `--set section.key=value` on the command line overrides one value; the value is read as YAML.
 
 Epsilon depends on the keys of `privacy`, on `run.expected_batch_size`, on `run.steps` or `run.epochs`, and on
-`run.spare_steps`. `run.microbatch_size`, `run.memory`, `run.device` and `method.gradient` change speed and memory
-only; but `method.gradient: layerwise` is another way to clip, with other scores under the same epsilon.
+`run.spare_steps`; with `run.patience` the spare steps count in any case. `run.microbatch_size`, `run.memory`,
+`run.device` and `method.gradient` change speed and memory only; but `method.gradient: layerwise` is another way to
+clip, with other scores under the same epsilon.
 """
 
 

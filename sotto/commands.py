@@ -147,7 +147,7 @@ def _finished(path: str | Path) -> Run | None:
 
     require_one_loop(run.config())
     model, facts, statement = finished_again(run)
-    steps = facts["steps"] if facts["private"] else run.read_json("plan.json")["steps"]
+    steps = facts.get("steps", run.read_json("plan.json")["steps"])
     return Run(run.path, model, statement, facts.get("epsilon"), finished=True, steps=steps, notes=[])
 
 
@@ -175,7 +175,7 @@ def run_session(
         try:
             metrics = Metrics(session.run.path, session.config.output.tensorboard)
             try:
-                if session.config.method.side_cache and session.step < session.plan.steps:
+                if session.config.method.side_cache and not session.done:
                     session.activations = activations.fill(session, autocast(session.config, session.device))
                 with graceful_stop(session):
                     finished = (loop or train_loop)(session, metrics)

@@ -63,6 +63,8 @@ class DataSection(Section):
     """A CSV, TSV, JSON-lines or Parquet file, a folder of .txt files, or a Hub dataset."""
     eval: str | None = None
     """A held-out file of the same shape. Never used for training."""
+    public: str | None = None
+    """A file of the same shape, of text that nobody needs protected: what `run.patience` looks at. Not `eval`."""
     subset: str | None = None
     """Hub datasets: the configuration name."""
     split: str = "train"
@@ -177,6 +179,11 @@ class RunSection(Section):
     is the whole process's on a CPU, and the tensors' on a GPU. Default: what is free, without refusing."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints. Default: chosen from the run's length and the checkpoint's size."""
+    patience: Count | None = None
+    """Ends the run when so many looks in a row have not lowered the loss on `data.public`: public text alone decides.
+    All planned steps count in epsilon, taken or not, because how many they are is a release."""
+    look_every: Count | None = None
+    """Steps between looks at `data.public`. Default: a twentieth of the steps."""
     seed: int = 0
     """Initialises new weights and chooses which examples of a unit are kept. Never touches sampling or noise."""
     debug_noise_seed: int | None = None
@@ -243,6 +250,8 @@ class Config(Section):
             raise ValueError("method.side_cache stores a frozen model's outputs: it needs method.train: side")
         if self.data.task == "generation" and self.model.pooling == "mean":
             raise ValueError("model.pooling: mean is for classification")
+        if self.data.public or self.run.patience or self.run.look_every:
+            self._looks_agree()
         if self.method.frozen_weights != "float32" and not isinstance(self.setting, CentralSetting):
             raise ValueError("method.frozen_weights is for runs on one machine: set float32, or setting.kind: central")
         if isinstance(self.setting, SplitSetting):
@@ -250,6 +259,15 @@ class Config(Section):
         if isinstance(self.setting, FederatedSetting):
             self._federated_agrees(self.setting)
         return self
+
+    def _looks_agree(self) -> None:
+        patience = self.run.patience
+        if self.data.public is None or patience is None:
+            raise ValueError("data.public (what to look at) and run.patience (when to end) need each other")
+        if self.setting.kind != "central":
+            raise ValueError("data.public and run.patience are for setting.kind: central")
+        if (patience + 1) * (every := self.stepping.look_every or 1) >= self.steps:
+            raise ValueError(f"run.patience: {patience} looks, one every {every} steps, end no shorter run")
 
     def _zeroth_order_agrees(self) -> None:
         relation, method = self.privacy.neighboring_relation, self.method
@@ -323,14 +341,15 @@ class Config(Section):
 
     @property
     def stepping(self) -> RunSection:
-        """`run`, with what it leaves open of optimizer and learning rate filled in."""
+        """`run`, with what it leaves open of optimizer, learning rate and looks filled in."""
         run, optimizer = self.run, self.run.optimizer
         if optimizer == "auto":
             optimizer = "sgd" if self.method.zeroth_order else "adamw"
         rate = run.learning_rate
         if rate is None:
             rate = self.method.zeroth_rate if self.method.zeroth_order and optimizer == "sgd" else 1e-3
-        return run.model_copy(update={"optimizer": optimizer, "learning_rate": rate})
+        looks = run.look_every or max(1, self.steps // 20)
+        return run.model_copy(update={"optimizer": optimizer, "learning_rate": rate, "look_every": looks})
 
     @property
     def spare_steps(self) -> int:

@@ -30,6 +30,7 @@ from sotto.devices import device_of, several
 from sotto.errors import SottoError
 from sotto.gradients.base import ClippedSum
 from sotto.gradients.clipping import Adaptive, Clipping
+from sotto.settled import digest
 
 if TYPE_CHECKING:
     from sotto.session import Loaded
@@ -216,7 +217,7 @@ def follow(config: Config, group: Group | None = None) -> Followed:
     group = group or Group.join(config)
     facts = group.tell(None)
     parts = sessions.load_parts(config, facts["directions"])
-    if sessions.digest(parts.data) != facts["data"]:
+    if digest(parts.data) != facts["data"]:
         raise SottoError(
             "SOT519", what=f"process {group.rank} does not read the data that the first one reads",
             where=config.data.train, why="a unit's number must mean the same person everywhere",

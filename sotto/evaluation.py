@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sotto.config import Config
+from sotto.data import Examples
 from sotto.data.load import has_eval, load_dataset_for
 from sotto.devices import choose_device
 from sotto.errors import SottoError
@@ -46,8 +47,13 @@ def held_out(config: Config, data: str | None) -> Config:
 
 
 def score(model: nn.Module, tokenizer: Any, config: Config, batch_size: int = 64) -> dict[str, float]:
-    """Runs the model over `data.eval`. Batches hold texts of like length; the order does not matter."""
+    """Runs the model over `data.eval`."""
     examples = load_dataset_for(config, tokenizer, "eval").examples
+    return score_examples(model, tokenizer.pad_token_id, examples, config.data.task, batch_size)
+
+
+def score_examples(model: nn.Module, pad: int, examples: Examples, task: str, batch_size: int = 64) -> dict[str, float]:
+    """Runs the model over these examples. Batches hold texts of like length; the order does not matter."""
     device = next(model.parameters()).device
     order = np.argsort(examples.lengths, kind="stable")
     correct, loss, count, tokens = 0, 0.0, 0, 0
@@ -55,10 +61,10 @@ def score(model: nn.Module, tokenizer: Any, config: Config, batch_size: int = 64
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
-            batch = to_device(examples.collate(order[start : start + batch_size], tokenizer.pad_token_id), device)
+            batch = to_device(examples.collate(order[start : start + batch_size], pad), device)
             labels = batch.pop("labels")
             logits = model(**batch).logits
-            if config.data.task == "classification":
+            if task == "classification":
                 loss += float(classification(logits, labels).sum())
                 correct += int((logits.argmax(-1) == labels).sum())
             else:
@@ -66,7 +72,7 @@ def score(model: nn.Module, tokenizer: Any, config: Config, batch_size: int = 64
                 loss, tokens = loss + float(losses.sum()), tokens + int(counts.sum())
             count += len(labels)
     model.train(was_training)
-    if config.data.task == "classification":
+    if task == "classification":
         return {"accuracy": correct / count, "loss": loss / count, "examples": count}
     nats = loss / max(1, tokens)
     return {"nats_per_token": nats, "perplexity": math.exp(min(nats, 700)), "examples": count, "tokens": tokens}

@@ -36,8 +36,8 @@ def finish(session: Session) -> tuple[Guarantee | None, str | None]:
     if isinstance(session.budget, LedgerBudget):
         guarantee = _guarantee(session, session.budget)
         words = statement.text(guarantee)
-        privacy = statement.machine_readable(guarantee, sessions.environment())
-    facts = privacy or {"private": False, "reason": session.plan.not_private}
+        privacy = statement.machine_readable(guarantee, _environment())
+    facts = privacy or {"private": False, "reason": session.plan.not_private, "steps": session.step}
     session.engine.detach()
     if session.config.output.export != "none":
         trained = Trained(session.model, session.tokenizer, session.config, session.plan, session.run.id)
@@ -59,7 +59,22 @@ def _guarantee(session: Session, budget: LedgerBudget) -> Guarantee:
     # How many trials a sweep took has to stay secret, and would show in the total and in the number of runs.
     spent = None if ledger.secretive else ledger.spent(plan.delta, plan.neighboring_relation)
     runs = None if ledger.secretive else len(ledger.runs)
-    return statement.earned(plan, session.step, ledger.reserved(session.run.id), spent, runs)
+    return statement.earned(plan, session.step, ledger.charged(session.run.id), spent, runs)
+
+
+def _environment() -> dict[str, str]:
+    """Versions that a result depends on, for privacy.json. A run does not end badly because one is not known."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from sotto import __version__
+
+    found = {"sotto": __version__}  # which may run from a folder of sources, that no installer knows
+    for name in ("torch", "transformers", "peft", "dp-accounting", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found | {"threads": str(torch.get_num_threads())}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,16 @@ from sotto.privacy.mechanism import (
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
 from sotto.rundir import RunDir, require_writable
-from sotto.settled import SETTLED, require_known_steps, require_same_configuration, require_same_name, settle
+from sotto.settled import (
+    SETTLED,
+    digest,
+    require_known_steps,
+    require_same_configuration,
+    require_same_name,
+    require_same_text,
+    settle,
+)
+from sotto.stopping import StopRule, rule_for
 from sotto.training import Mechanism, Planted, Session, check_gradients
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.directions import new_key
@@ -99,6 +108,7 @@ class Loaded:
     device: torch.device
     activations: ActivationCache | None = None
     planted: Planted | None = None
+    rule: StopRule | None = None
 
 
 def load_parts(config: Config, directions_key: str, carrier: Carrier | None = None, new_tokens: int = 0) -> Loaded:
@@ -122,7 +132,8 @@ def load_parts(config: Config, directions_key: str, carrier: Carrier | None = No
         engine = federation.engine_for(config, *mine, directions_key, carrier)
     else:
         engine = make_engine(model, config, device, directions_key)
-    return Loaded(config, model, loaded.tokenizer, engine, data, size, device)
+    rule = rule_for(config, loaded.tokenizer, data.examples, size)
+    return Loaded(config, model, loaded.tokenizer, engine, data, size, device, rule=rule)
 
 
 def make_engine(
@@ -187,6 +198,7 @@ def start(
         "sampling_key": key.hex(),
         "ledger": ledger_id(config, parts.data.fingerprint),
         "data": digest(parts.data),
+        "public": None if parts.rule is None else parts.rule.digest,
         "elsewhere": carrier is not None,
         "trial": trial,
     }
@@ -232,6 +244,7 @@ def _open_budget(session: Session, secret: dict[str, Any]) -> LedgerBudget | NoB
         ledger.open_run(
             run_id, plan.event, plan.total_steps, delta=plan.delta, neighboring_relation=plan.neighboring_relation,
             secret=secret.get("trial", False),
+            whole=plan.whole,
         )  # fmt: skip
     except BaseException:
         # Ctrl-C just after the entry was written: a run that never began must not hold on to what it had planned.
@@ -291,31 +304,17 @@ def _resume(run: RunDir, carrier: Carrier | None) -> Session:
             fix="'sotto resume RUN' for a simulation; 'flwr run APP --run-config resume=RUN' for the other",
         )  # fmt: skip
     parts = load_parts(config, run.read_json("plan.json")[DIRECTIONS], carrier)
-    if digest(parts.data) != secret["data"]:
-        raise SottoError(
-            "SOT507", what="the training data has changed since the run began", where=config.data.train,
-            why="the guarantee is about one dataset, and its ledger is another",
-            fix="put the original file back, or start a new run",
-        )  # fmt: skip
+    public = None if parts.rule is None else parts.rule.digest
+    require_same_text(config, digest(parts.data), public, secret)
     session = _assemble(config, plan, run, parts, secret)
     latest, damaged = checkpoint.load_latest(run.checkpoints)
     session.notes += [f"checkpoint {name} is damaged and was passed over" for name in damaged]
     if latest is not None:
         _restore(session, latest)
-    if session.step < plan.steps:
+    if not session.done:
         check_gradients(session)
     session.budget = _open_budget(session, secret)
     return session
-
-
-def digest(data: LoadedData) -> str:
-    """What the loop sees of the data, exactly: tokens, labels, units, and their order."""
-    found = hashlib.sha256()
-    examples, units = data.examples, data.units
-    for array in (examples.input_ids, examples.offsets, examples.labels, units.offsets, units.members):
-        found.update(b"" if array is None else array.tobytes())
-        found.update(b"|")
-    return found.hexdigest()
 
 
 def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: dict[str, Any]) -> Session:
@@ -341,6 +340,7 @@ def _assemble(config: Config, plan: Plan, run: RunDir, parts: Loaded, secret: di
         device=parts.device,
         microbatch_size=parts.microbatch_size,
         planted=parts.planted,
+        rule=parts.rule,
         checkpoint_every=config.run.checkpoint_every or _checkpoint_every(parts.engine, plan.steps),
         notes=federation.notes_of(parts.engine) if isinstance(parts.engine, Cohort) else [],
     )
@@ -386,20 +386,7 @@ def _checkpoint_every(engine: Engine | ZerothOrder | Cohort, steps: int) -> int:
 def _restore(session: Session, latest: checkpoint.Checkpoint) -> None:
     session.optimizer.restore(latest.weights, latest.optimizer)
     session.step = latest.step
+    if session.rule is not None:
+        session.rule.restore(latest.extra["rule"])
     if isinstance(session.engine.clipping, Adaptive):
         session.engine.clipping.thresholds = latest.extra["clip_thresholds"]
-
-
-def environment() -> dict[str, str]:
-    """Versions that a result depends on, for privacy.json. A run does not end badly because one is not known."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from sotto import __version__
-
-    found = {"sotto": __version__}  # which may run from a folder of sources, that no installer knows
-    for name in ("torch", "transformers", "peft", "dp-accounting", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found | {"threads": str(torch.get_num_threads())}

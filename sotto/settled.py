@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from sotto.config import Config
+from sotto.data import LoadedData
 from sotto.errors import SottoError
 from sotto.metrics import steps_logged
 from sotto.privacy.ledger import Ledger
@@ -15,7 +17,7 @@ from sotto.rundir import RunDir
 SETTLED = "settled.json"
 """In the run's folder `private/`: the configuration that the run began with."""
 FREE = frozenset({
-    "data.train", "data.eval", "data.eval_split", "run.device", "run.memory", "run.microbatch_size",
+    "data.train", "data.eval", "data.eval_split", "data.public", "run.device", "run.memory", "run.microbatch_size",
     "run.checkpoint_every", "setting.timeout", "output.dir", "output.name", "output.export", "output.tensorboard",
 })  # fmt: skip
 """Keys that may be edited before a resume: where things lie, and how fast it goes. The data itself is compared."""
@@ -40,6 +42,37 @@ def require_same_configuration(config: Config, run: RunDir) -> None:
                 why="the guarantee of a run, and what it would have ended with, are settled before the first step",
                 fix="restore the value, or start a new run with the new one",
             )  # fmt: skip
+
+
+def digest(data: LoadedData) -> str:
+    """What the loop sees of the data, exactly: tokens, labels, units, and their order."""
+    found = hashlib.sha256()
+    examples, units = data.examples, data.units
+    for array in (examples.input_ids, examples.offsets, examples.labels, units.offsets, units.members):
+        found.update(b"" if array is None else array.tobytes())
+        found.update(b"|")
+    return found.hexdigest()
+
+
+def require_same_text(config: Config, private: str, public: str | None, secret: Mapping[str, Any]) -> None:
+    """Refuses other text than the run began with.
+
+    Args:
+      private, public: `digest` of the training data, and of the public text that may end the run.
+
+    Raises:
+      SottoError: SOT507.
+    """
+    changed = None
+    if private != secret["data"]:
+        changed = "training data", config.data.train, "the guarantee is about one dataset, and its ledger is another"
+    elif public != secret.get("public"):
+        changed = "public text", str(config.data.public), "the run would end at another step than it would have"
+    if changed is not None:
+        raise SottoError(
+            "SOT507", what=f"the {changed[0]} has changed since the run began", where=changed[1], why=changed[2],
+            fix="put the original file back, or start a new run",
+        )  # fmt: skip
 
 
 def require_same_name(run: RunDir, secret: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ from sotto.models.activation_cache import ActivationCache
 from sotto.optim import Optimizer, learning_rate
 from sotto.privacy.plan import Plan
 from sotto.rundir import RunDir
+from sotto.stopping import StopRule
 from sotto.zeroth_order.engine import ZerothOrder
 from sotto.zeroth_order.updates import Updates
 
@@ -102,14 +103,22 @@ class Session:
     followers: Followers | None = None
     """The other processes that compute this run."""
     planted: Planted | None = None
+    rule: StopRule | None = None
+    """What may end the run before its last planned step."""
     held: ExitStack = field(default_factory=ExitStack)
     """The lock on the run folder, from before the first file is read until the run ends."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no step left to take."""
+        return self.step >= self.plan.steps or (self.rule is not None and self.rule.met)
 
 
 def train_loop(session: Session, metrics: Metrics) -> bool:
     """Runs from `session.step` to the end. Returns False if it was stopped by a signal and can be resumed."""
     s = session
-    for step in range(s.step, s.plan.steps):
+    while not s.done:
+        step = s.step
         units = begin_step(s, step)
         if units is None:
             break
@@ -117,8 +126,10 @@ def train_loop(session: Session, metrics: Metrics) -> bool:
         if s.engine.arrangement != s.engine.verified:  # some module has gone over to another rule
             check_gradients(s)
         finish_step(s, step, units, total, metrics)
-        if s.stop_requested and s.step < s.plan.steps:
+        if s.stop_requested and not s.done:
             return False
+    if s.rule is not None and s.rule.met and s.step < s.plan.steps:
+        s.notes.append(f"ended after {s.step} of {s.plan.steps} steps: {s.rule.reason}")
     return True
 
 
@@ -153,11 +164,13 @@ def finish_step(session: Session, step: int, units: np.ndarray, total: ClippedSu
     s.optimizer.step(update, step)
     s.step = step + 1
     public = public_numbers(s, step, sensitivity)
+    if s.rule is not None:
+        public |= s.rule.look(s)
     (public if s.plan.private else private)["update_norm"] = norm_of(update)  # public only after noise
     del update
     metrics.log(s.step, public, private)
     s.progress(s.step, {**public, **private})
-    if s.stop_requested or s.step % s.checkpoint_every == 0 or s.step == s.plan.steps:
+    if s.stop_requested or s.step % s.checkpoint_every == 0 or s.done:
         save_checkpoint(s)
 
 
@@ -309,7 +322,10 @@ def save_checkpoint(session: Session) -> None:
         step=s.step,
         weights=s.optimizer.stored_weights(),
         optimizer=s.optimizer.state_tensors(),
-        extra={"clip_thresholds": clipping.thresholds} if isinstance(clipping := s.engine.clipping, Adaptive) else {},
+        extra={
+            **({"clip_thresholds": clipping.thresholds} if isinstance(clipping := s.engine.clipping, Adaptive) else {}),
+            **({} if s.rule is None else {"rule": s.rule.state()}),
+        },
     )
     try:
         checkpoint.save(s.run.checkpoints, state)

@@ -180,6 +180,16 @@ def test_several_processes_make_the_weights_of_one(tmp_path: Path, changes: dict
     assert [s["median_norm"] for s in second] == pytest.approx([s["median_norm"] for s in first], rel=1e-3)
 
 
+def test_public_text_ends_a_run_everywhere_at_the_same_step(tmp_path: Path) -> None:
+    public = tiny_runs.write_csv(tmp_path / "public.csv", tiny_runs.rows(20, seed=9))
+    rule = {"steps": 30, "patience": 2, "look_every": 1, "learning_rate": 0.1}
+    changes = tiny_runs.merge(DEBUG, {"run": rule, "data": {"public": str(public)}})
+    alone = sotto.train(tiny_runs.config(tmp_path, **changes))
+    both = RunDir.open(in_threads(3, tiny_runs.config(tmp_path, **changes)))
+    assert both.read_json("privacy.json")["steps"] == alone.steps < 30
+    tiny_runs.assert_same(tiny_runs.final_weights(alone.path), tiny_runs.final_weights(both.path), tolerance=2e-5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_noise_of_an_update_does_not_depend_on_the_number_of_processes(tmp_path: Path, size: int) -> None:
     """After one SGD step of rate 1 what has moved the weights is noise: a unit may move a coordinate by far less."""

@@ -110,6 +110,53 @@ def test_misuse(ledger):
     assert ledger.events() == []
 
 
+def test_a_run_that_releases_may_end_is_charged_whole_from_its_first_step(tmp_path):
+    ledger = Ledger.open("clinic", tmp_path)
+    ledger.open_run("a", EVENT, 100, delta=1e-5, whole=True)
+    assert ledger.events() == []
+    assert ledger.outstanding() == [(EVENT, 100)]
+    ledger.reserve("a", 0, EVENT)
+    ledger.reserve("a", 0, EVENT)
+    for seen in (ledger, reopen(ledger)):
+        assert seen.reserved("a") == 2
+        assert seen.charged("a") == 100
+        assert seen.events() == [(EVENT, 100)]
+        assert seen.outstanding() == []
+        assert seen.charged("unknown") == 0
+    for step in range(1, 99):
+        ledger.reserve("a", step, EVENT)
+    with pytest.raises(BudgetExceeded, match="SOT415"):
+        ledger.reserve("a", 99, EVENT)
+    ledger.close_run("a")
+    assert reopen(ledger).events() == [(EVENT, 100)]
+    assert reopen(ledger).spent(1e-5) == accounting.epsilon(1.0, 0.01, 100, 1e-5)
+
+
+def test_what_a_whole_run_has_not_taken_is_not_free(tmp_path):
+    one, ledger = accounting.epsilon(1.0, 0.01, 100, 1e-5), Ledger.open("clinic", tmp_path)
+    ledger.set_budget(1.05 * one, 1e-5)
+    ledger.open_run("a", EVENT, 100, delta=1e-5, whole=True)
+    ledger.reserve("a", 0, EVENT)
+    ledger.close_run("a")
+    with pytest.raises(BudgetExceeded, match="SOT414"):
+        reopen(ledger).open_run("b", EVENT, 100, delta=1e-5)
+
+
+def test_a_whole_run_that_took_no_step_costs_nothing(tmp_path):
+    ledger = Ledger.open("clinic", tmp_path)
+    ledger.open_run("a", EVENT, 100, delta=1e-5, whole=True)
+    ledger.close_run("a")
+    assert reopen(ledger).events() == reopen(ledger).outstanding() == []
+
+
+def test_a_run_does_not_become_whole_or_cease_to_be(ledger):
+    with pytest.raises(SottoError, match="SOT413"):
+        ledger.open_run("a", EVENT, 100, delta=1e-5, whole=True)
+    ledger.open_run("b", EVENT, 100, delta=1e-5, whole=True)
+    with pytest.raises(SottoError, match="SOT413"):
+        ledger.open_run("b", EVENT, 100, delta=1e-5)
+
+
 # --- budgets -------------------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,20 @@ def test_the_trial_is_priced_for_the_choice(tmp_path: Path):
     assert sotto.plan(trial).noise_multiplier == planned.noise_multiplier
 
 
+def test_trials_that_public_text_may_end_have_the_same_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A trial that was cut off is made of a whole one; each of them is charged whole."""
+    monkeypatch.setattr(selection, "draw_trials", lambda mean, law: 2)
+    public = str(tiny_runs.write_csv(tmp_path / "watched.csv", tiny_runs.rows(20, seed=9)))
+    run = {"steps": 30, "learning_rate": 0.3, "optimizer": "sgd"}
+    watched = config(tmp_path, data={"public": public}, run=run | {"patience": 1, "look_every": 1})
+    assert done_plan(watched).epsilon == done_plan(config(tmp_path, run=run)).epsilon
+    facts = json.loads((sweeping.sweep(watched, OVER, public_eval=True).path / "privacy.json").read_text())
+    assert facts["steps"] < 30
+    assert facts["epsilon"] == pytest.approx(done_plan(watched).epsilon, abs=2e-6)
+    (book,) = (Path(p) for p in Path(sotto.privacy.ledger.ledger_dir()).glob("*.jsonl"))
+    assert [run.charged for run in Ledger.open(book.stem).runs.values()] == [31, 31]
+
+
 def test_private_files_are_the_owners_alone_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
 

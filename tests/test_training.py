@@ -341,7 +341,8 @@ def test_a_run_that_is_not_private_says_so_everywhere(
     assert not (done.path / "statement.txt").exists()
     reason = json.loads((done.path / "plan.json").read_text())["not_private"]
     assert reason
-    assert json.loads((done.path / "privacy.json").read_text()) == {"private": False, "reason": reason}
+    facts = json.loads((done.path / "privacy.json").read_text())
+    assert facts == {"private": False, "reason": reason, "steps": done.steps}
     card = (done.path / "model" / "README.md").read_text()
     assert "NOT PRIVATE" in card
     assert "not-private" in card

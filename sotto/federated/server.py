@@ -27,7 +27,6 @@ from sotto.federated.codec import Codec, Identity, Srht
 from sotto.federated.cohort import LATENT, Carrier, Cohort
 from sotto.federated.embedding_rows import ROWS, EmbeddingRows, frequent, table_name, train_table
 from sotto.federated.layout import Layout, model_fingerprint
-from sotto.federated.public_text import read_public
 from sotto.federated.shares import Shares
 from sotto.federated.site import Sites
 from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
@@ -35,6 +34,7 @@ from sotto.gradients.clipping import Clipping, Unclipped
 from sotto.optim import Optimizer
 from sotto.privacy.noise import DebugNoise, NoiseSource, SecureNoise
 from sotto.privacy.plan import Plan, make_plan
+from sotto.public_text import read_public
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.release import NAME
 
@@ -170,7 +170,7 @@ def engine_for(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     codec, pad = codec_for(config, model, key), tokenizer.pad_token_id
     if (file := setting_of(config).public_data) is not None:
-        public = read_public(file, config, tokenizer, data.examples)
+        public = read_public(file, "setting.public_data", config, tokenizer, data.examples)
         codec.restore(public_state(config, model, tokenizer, codec, public))
     probing = config.method.zeroth_order
     shares, noise = shares_for(config), noise_for(config)

@@ -40,6 +40,7 @@ class RunRecord:
       reserved: steps charged so far; a step that was done again counts again.
       closed: no more steps will be reserved.
       secret: nobody but the owner of the data may learn that there was this run: a trial of a sweep.
+      whole: all planned steps count from the first one on, taken or not: how many are taken depends on the releases.
       attempts: step -> how often it was reserved.
     """
 
@@ -50,11 +51,23 @@ class RunRecord:
     reserved: int = 0
     closed: bool = False
     secret: bool = False
+    whole: bool = False
     attempts: dict[int, int] = field(default_factory=dict[int, int])
 
     @property
-    def outstanding(self) -> int:
+    def left(self) -> int:
+        """Steps that may still be reserved."""
         return 0 if self.closed else max(self.planned - self.reserved, 0)
+
+    @property
+    def charged(self) -> int:
+        """Steps that count as spent."""
+        return self.planned if self.whole and self.reserved else self.reserved
+
+    @property
+    def outstanding(self) -> int:
+        """Steps that are held for the run and not charged yet."""
+        return 0 if self.closed else max(self.planned - self.charged, 0)
 
 
 class Ledger:
@@ -106,6 +119,7 @@ class Ledger:
         delta: float,
         neighboring_relation: str = "add_or_remove_one",
         secret: bool = False,
+        whole: bool = False,
     ) -> None:
         """Announces a run, if the dataset's budget allows all of it. Opening it again, unchanged, does nothing.
 
@@ -115,6 +129,7 @@ class Ledger:
           steps: the most steps that it will reserve, spare ones included.
           delta, neighboring_relation: those of the run's own guarantee.
           secret: as in `RunRecord`.
+          whole: all of these steps count from the first one on, because a look at releases may end the run.
 
         Raises:
           BudgetExceeded: SOT414, spent + planned by open runs + this run would pass the budget. Nothing was written.
@@ -129,8 +144,8 @@ class Ledger:
         with self._chain.locked() as file:
             known = self._runs.get(run_id)
             if known is not None:
-                plan = (known.event, known.planned, known.delta, known.neighboring_relation)
-                if known.closed or plan != (event, steps, delta, neighboring_relation):
+                plan = (known.event, known.planned, known.delta, known.neighboring_relation, known.whole)
+                if known.closed or plan != (event, steps, delta, neighboring_relation, whole):
                     state = "closed" if known.closed else "open with another plan"
                     raise self._misuse(f"run {run_id!r} is already in the ledger, {state}", "give the run a new name")
                 return
@@ -144,6 +159,7 @@ class Ledger:
                 delta=delta,
                 neighboring_relation=neighboring_relation,
                 **({"secret": True} if secret else {}),
+                **({"whole": True} if whole else {}),
             )
 
     def reserve(self, run_id: str, step: int, event: Event) -> None:
@@ -158,7 +174,7 @@ class Ledger:
             run = self._open_record(run_id)
             if event != run.event:
                 raise self._misuse(f"run {run_id!r} announced {run.event}, not {event}", "account for the noise in use")
-            if run.outstanding == 0:
+            if run.left == 0:
                 raise BudgetExceeded(
                     "SOT415",
                     what=f"run {run_id!r} has reserved all of its {run.planned} planned steps",
@@ -213,6 +229,10 @@ class Ledger:
         """How many steps this run has been charged, redone ones counted again; 0 for an unknown run."""
         return self._runs[run_id].reserved if run_id in self._runs else 0
 
+    def charged(self, run_id: str) -> int:
+        """How many steps of this run count as spent; 0 for an unknown run."""
+        return self._runs[run_id].charged if run_id in self._runs else 0
+
     def attempts(self, run_id: str, step: int) -> int:
         """How often this step of this run has been charged."""
         return self._runs[run_id].attempts.get(step, 0) if run_id in self._runs else 0
@@ -221,7 +241,7 @@ class Ledger:
         """Everything that was charged, by all runs."""
         counts: dict[Event, int] = {}
         for run in self._runs.values():
-            counts[run.event] = counts.get(run.event, 0) + run.reserved
+            counts[run.event] = counts.get(run.event, 0) + run.charged
         return [(event, count) for event, count in counts.items() if count]
 
     def outstanding(self, excluding: str | None = None) -> list[tuple[Event, int]]:
@@ -250,11 +270,10 @@ class Ledger:
                 "event": run.event.to_dict(),
                 "planned": run.planned,
                 "reserved": run.reserved,
+                "charged": run.charged,
                 "redone": run.reserved - len(run.attempts),
                 "state": "closed" if run.closed else "open",
-                "epsilon": accounting.composed_epsilon(
-                    [(run.event, run.reserved)], run.delta, run.neighboring_relation
-                ),
+                "epsilon": accounting.composed_epsilon([(run.event, run.charged)], run.delta, run.neighboring_relation),
                 "delta": run.delta,
                 "neighboring_relation": run.neighboring_relation,
             }
@@ -314,12 +333,15 @@ class Ledger:
         elif kind == "open":
             if entry["run"] in self._runs:
                 raise ValueError("a run that was opened twice")
+            if entry.get("whole", True) is not True:
+                raise ValueError("an open that is whole and is not")
             self._runs[entry["run"]] = RunRecord(
                 event_from_dict(entry["event"]),
                 check_count("steps", entry["steps"], at_least=1),
                 check_number("delta", entry["delta"], above=0, below=1),
                 check_relation(entry["neighboring_relation"]),
                 secret=entry.get("secret") is True,
+                whole="whole" in entry,
             )
         elif kind == "close":
             self._runs[entry["run"]].closed = True

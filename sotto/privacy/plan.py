@@ -44,7 +44,7 @@ class Plan:
       steps, spare_steps: steps to take, and those paid for in advance so that a crash does not shorten the run.
       noise_multiplier: standard deviation of the noise over the sensitivity. Calibrated so that steps + spare_steps
         fit the budget; never rounded down.
-      planned_epsilon: the epsilon of `steps` steps, if nothing has to be done again (PLD, an upper bound).
+      planned_epsilon: the epsilon of `counted` steps (PLD, an upper bound).
       rdp_epsilon: the same by Renyi accounting, always the larger one; for comparison with other tools.
       unamplified_epsilon: what holds if batches had been passes over the data in an order known to the attacker.
       not_private: why there is no guarantee, or None.
@@ -54,6 +54,7 @@ class Plan:
       optimizer, learning_rate: what turns releases into weights; post-processing.
       noise: the law of the noise. Laplace: numbers are clipped in L1 norm, and epsilon holds at delta 0.
       exact_noise: releases are whole multiples of a public grid, with exact noise; else noise is in float64.
+      patience, look_every: of the rule that may end the run early, by public text; 0 where there is none.
       setting: of a federated run, what its section `setting` says; else None.
       result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
@@ -83,6 +84,8 @@ class Plan:
     learning_rate: float = 0.0
     noise: Literal["gaussian", "laplace"] = "gaussian"
     exact_noise: bool = False
+    patience: int = 0
+    look_every: int = 0
     setting: dict[str, Any] | None = None
     result: str = ""
     memory: dict[str, int] | None = None
@@ -100,6 +103,16 @@ class Plan:
     def total_steps(self) -> int:
         """Steps that the budget pays for. The step after the last of them is never taken."""
         return self.steps + self.spare_steps
+
+    @property
+    def whole(self) -> bool:
+        """Whether all planned steps count, taken or not: how many are taken depends on what they release."""
+        return self.patience > 0
+
+    @property
+    def counted(self) -> int:
+        """Steps that count, if nothing has to be done again: where the run may end early, all that are paid for."""
+        return self.total_steps if self.whole else self.steps
 
     @property
     def pure(self) -> bool:
@@ -170,11 +183,12 @@ def make_plan(config: Config) -> Plan:
     sampling_prob = config.sampling_prob
     relation = privacy.neighboring_relation
     noise, planned, rdp, unamplified = 0.0, None, None, None
+    counted = config.steps + (config.spare_steps if run.patience else 0)
     if privacy.epsilon != "none" and config.method.laplace:
         paid = config.steps + config.spare_steps
         noise = accounting.laplace_noise_multiplier(privacy.epsilon, sampling_prob, paid)
-        planned = accounting.pure_epsilon([(PoissonLaplace(noise, sampling_prob), config.steps)])
-        passes = math.ceil(config.steps * sampling_prob)
+        planned = accounting.pure_epsilon([(PoissonLaplace(noise, sampling_prob), counted)])
+        passes = math.ceil(counted * sampling_prob)
         unamplified = accounting.pure_epsilon([(PoissonLaplace(noise, 1.0), passes)])
     elif privacy.epsilon != "none":
         noise = accounting.noise_multiplier(
@@ -184,11 +198,11 @@ def make_plan(config: Config) -> Plan:
             delta=privacy.delta,
             neighboring_relation=relation,
         )
-        arguments = (noise, sampling_prob, config.steps, privacy.delta)
+        arguments = (noise, sampling_prob, counted, privacy.delta)
         planned = min(accounting.epsilon(*arguments, neighboring_relation=relation), privacy.epsilon)
         if relation == "add_or_remove_one":
             rdp = accounting.epsilon(*arguments, accountant="rdp")
-        passes = math.ceil(config.steps * sampling_prob)
+        passes = math.ceil(counted * sampling_prob)
         unamplified = accounting.epsilon_without_amplification(noise, passes, privacy.delta, relation)
     return Plan(
         unit=privacy.unit,
@@ -215,6 +229,8 @@ def make_plan(config: Config) -> Plan:
         learning_rate=run.learning_rate or 0.0,
         noise="laplace" if config.method.laplace else "gaussian",
         exact_noise=config.exact_noise,
+        patience=run.patience or 0,
+        look_every=(run.look_every or 0) if run.patience else 0,
         setting=federated_facts(config),
         result=_result(config),
     )

@@ -154,8 +154,14 @@ def how(guarantee: Guarantee) -> str:
 
 
 def lost_steps(guarantee: Guarantee) -> str | None:
-    """What was paid for twice, or None."""
-    lost = guarantee.steps_charged - guarantee.steps_taken
+    """What was paid for and is not in the model, or None."""
+    plan, lost = guarantee.plan, guarantee.steps_charged - guarantee.steps_taken
+    if plan.whole:
+        return (
+            f"The run could end early, by looks at released weights and public text, {plan.look_every} step(s) apart. "
+            f"When it ended is a release too, so all {guarantee.steps_charged:,} steps that it might have taken are "
+            "charged."
+        )
     if not lost:
         return None
     return f"{lost} step(s) were lost and done again; they are charged twice ({guarantee.steps_charged:,} in all)."
@@ -196,7 +202,7 @@ def text(guarantee: Guarantee) -> str:
         "",
         "HOW",
         *_paragraph(how(g)),
-        *([f"  {lost}"] if lost else []),
+        *(_paragraph(lost) if lost else []),
         *_against_whom(g),
         "",
         "THIS DATASET",
@@ -301,6 +307,8 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "sampling_prob": plan.sampling_prob,
         "steps": g.steps_taken,
         "steps_charged": g.steps_charged,
+        "patience": plan.patience or None,
+        "look_every": plan.look_every or None,
         "clip_norm": plan.clip_norm,
         "clipping": plan.clipping,
         "layerwise": plan.layerwise,

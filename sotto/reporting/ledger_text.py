@@ -12,8 +12,10 @@ def render(summary: dict[str, Any]) -> str:
     lines = [f"ledger  {summary['path']}   ({summary['entries']} entries, chain intact)", ""]
     for run in summary["runs"]:
         redone = f", {run['redone']} of them again after a crash" if run["redone"] else ""
+        early = run["charged"] - run["reserved"]
+        redone += f", {early:,} of them not taken, as it might have" if early else ""
         lines.append(
-            f"  {run['run']:<40} {run['state']:<7} {run['reserved']:>6,} of {run['planned']:,} steps charged{redone}   "
+            f"  {run['run']:<40} {run['state']:<7} {run['charged']:>6,} of {run['planned']:,} steps charged{redone}   "
             f"epsilon {round_up(run['epsilon'])} at delta {run['delta']:g}"
         )
     if not summary["runs"]:

@@ -118,7 +118,7 @@ def _promised(g: Guarantee, facts: dict[str, Any]) -> dict[str, Any]:
         "found": round_up(100 * g.detection_rate(0.01), 1),
         "adversaries": [(a, statement.bound_of(a)) for a in g.adversaries],
         "terms": _terms(g),
-        "charts": [_attack_chart(g), _steps_chart(g), *_delta_charts(g)],
+        "charts": [_attack_chart(g), *([] if plan.whole else [_steps_chart(g)]), *_delta_charts(g)],
         "versions": [Fact(name, value) for name, value in facts["versions"].items()],
     }
 

@@ -61,14 +61,17 @@ def _budget(plan: Plan) -> list[str]:
         f"sampling_prob    {plan.sampling_prob:.6g}   (about {plan.expected_batch_size:,} units in a step)",
         f"steps            {plan.steps:,}   (+ {plan.spare_steps} paid for in advance, in case a crash loses some)",
         f"epsilon          {round_up(plan.planned_epsilon or 0.0)} by {'sums' if plan.pure else 'PLD'}"
-        + " if nothing is lost"
+        + (" whenever it ends" if plan.whole else " if nothing is lost")
         + (f"; {round_up(plan.rdp_epsilon)} by RDP" if plan.rdp_epsilon else "")
-        + (f"; {round_up(plan.epsilon_at(plan.steps, plan.delta))} at delta {plan.delta:g}" if plan.pure else ""),
+        + (f"; {round_up(plan.epsilon_at(plan.counted, plan.delta))} at delta {plan.delta:g}" if plan.pure else ""),
         f"{'':<16} {round_up(plan.unamplified_epsilon or 0.0)} if batches were passes in an order that is known",
     ]
+    if plan.whole:
+        looks = f"after {plan.patience} look(s) at public text without a lower loss, {plan.look_every:,} step(s) apart"
+        lines.insert(4, f"{'':<16} fewer, {looks}; all of them count")
     if not plan.pure:
         curve = (
-            f"{round_up(plan.epsilon_at(plan.steps, plan.delta / f, 'coarse'))} at delta {plan.delta / f:g}"
+            f"{round_up(plan.epsilon_at(plan.counted, plan.delta / f, 'coarse'))} at delta {plan.delta / f:g}"
             for f in (10, 100)
         )
         lines.insert(-1, f"{'':<16} {', '.join(curve)}: the same run, read at other deltas")

@@ -61,6 +61,9 @@ def spending_curve(plan: Plan) -> Callable[[int], str]:
         return lambda step: "NOT PRIVATE"
     every = max(1, -(-plan.steps // GRID))
     points: dict[int, float] = {}
+    if plan.whole:  # all of them count from the first on
+        all_steps = f"epsilon <= {round_up(plan.epsilon_after(plan.total_steps))} of {plan.epsilon:g}"
+        return lambda step: all_steps
 
     def spent(step: int) -> str:
         upper = min(plan.steps, -(-step // every) * every)

@@ -171,7 +171,14 @@ class Updates:
         """(32,) uint8 fingerprint of the weights before the first step, and of the directions."""
         spec = {"directions": self.directions.spec(), "run": self.run.model_dump(mode="json"), "steps": self.steps}
         spec["stages"], spec["proximal"] = self.preset.stages, self.preset.proximal
-        for key in ("microbatch_size", "memory", "checkpoint_every", "device"):  # these change no number
+        for key in (
+            "microbatch_size",
+            "memory",
+            "checkpoint_every",
+            "device",
+            "patience",
+            "look_every",
+        ):  # these change no number
             spec["run"].pop(key)
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, p in self.parameters.items():

@@ -13,11 +13,13 @@ from mutant import caught_by, wrapped
 from sotto import checkpoint, sweeping
 from sotto import session as sessions
 from sotto.data import load
+from sotto.evaluation import score_examples
 from sotto.privacy import accounting, bounds, chain, statement
 from sotto.privacy import plan as plans
 from sotto.privacy.events import Gaussian, PoissonGaussian
 from sotto.privacy.ledger import Ledger
 from sotto.session import LedgerBudget
+from sotto.stopping import StopRule
 
 GOLDEN = "test_privacy_accounting.py::test_poisson_gaussian["
 
@@ -232,7 +234,24 @@ def the_charge_is_in_the_cache_of_the_disk(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_privacy_ledger.py::test_a_run_reserves_no_more_than_it_announced", 18)
 def the_ledger_has_no_end(m: pytest.MonkeyPatch) -> None:
     """A run may reserve more steps than its noise was made for."""
-    m.setattr("sotto.privacy.ledger.RunRecord.outstanding", property(lambda self: 1))
+    m.setattr("sotto.privacy.ledger.RunRecord.left", property(lambda self: 1))
+
+
+@caught_by("test_stopping.py::test_all_planned_steps_are_charged_and_stated", 18)
+def steps_that_a_look_saved_are_not_charged(m: pytest.MonkeyPatch) -> None:
+    """A run that its own releases ended claims the epsilon of the steps that it took."""
+    m.setattr("sotto.privacy.ledger.RunRecord.charged", property(lambda self: self.reserved))
+
+
+@caught_by("test_stopping.py::test_a_look_needs_no_private_text", 21)
+def private_text_decides_when_to_end(m: pytest.MonkeyPatch) -> None:
+    """The loss that is published, and that ends the run, is that of the training data."""
+
+    def loss(self: StopRule, session: Any) -> float:
+        seen = score_examples(session.model, session.tokenizer.pad_token_id, session.data.examples, "classification")
+        return seen["loss"]
+
+    m.setattr(StopRule, "_loss", loss)
 
 
 @caught_by("test_training.py::test_a_run_stops_before_the_step_that_would_pass_its_budget", 18)

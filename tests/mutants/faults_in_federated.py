@@ -10,8 +10,9 @@ import pytest
 import torch
 from mutant import caught_by, wrapped
 
+from sotto import public_text
 from sotto.federated import client as clients
-from sotto.federated import cohort, device, messages, policy, public_text, shares, site
+from sotto.federated import cohort, device, messages, policy, shares, site
 from sotto.federated.codec import Srht
 from sotto.federated.cohort import Cohort
 from sotto.federated.policy import Attendance
