@@ -23,7 +23,7 @@ from sotto.privacy.noise import DebugNoise
 from sotto.split import bags, exact, inference, inversion
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.labels import LabelKeeper
-from sotto.split.view import View, look, rare, rouge, success
+from sotto.split.view import View, best, look, rare, rouge, success
 
 PLACE: list[Path] = []
 OPEN = {"privatizer": "none", "layer": 1}
@@ -129,8 +129,8 @@ def test_rare_tokens_are_those_of_few_known_texts() -> None:
     assert report({"privatizer": "dx_pooled", "eta": 1e7}).rouge == {}
     truth = torch.tensor([[True, True, False]])
     scores, seldom = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([False, True, True])
-    assert bags.named(scores, truth, seldom) == 0.0
-    assert bags.named(scores, truth, ~seldom) == 1.0
+    assert bags.named(best(scores, 3), truth, seldom) == 0.0
+    assert bags.named(best(scores, 3), truth, ~seldom) == 1.0
 
 
 def test_depth_hides_from_the_nearest_neighbour_alone() -> None:
@@ -194,27 +194,31 @@ def test_no_attack_on_one_row_beats_noise_that_hides_everything(setting: dict) -
 
 def test_matching_pursuit_takes_a_sum_apart() -> None:
     torch.manual_seed(0)
-    table = torch.randn(400, 128)
+    table = torch.nn.functional.normalize(torch.randn(400, 128), dim=1)
     held = [3, 77, 200, 399, 12]
     weights = torch.tensor([1.0, 0.7, 1.3, 0.9, 1.1])
-    assert sorted(bags.pursue((weights[:, None] * table[held]).sum(0), table, 5)) == sorted(held)
-    assert bags.pursue(table[0], table, 0) == []
+    row = (weights[:, None] * table[held]).sum(0)
+    found = bags.pursue(torch.stack([row, table[7]]), table, torch.tensor([5, 1]))
+    assert sorted(found[0].tolist()) == sorted(held)
+    assert found[1].tolist() == [7, -1, -1, -1, -1]
+    assert bags.pursue(table[:0], table, torch.tensor([])).shape == (0, 0)
+    assert bags.pursue(table[:1], table, torch.tensor([0])).shape == (1, 0)
 
 
 def test_words_are_counted_once_and_as_many_named_as_there_are() -> None:
     ids = torch.tensor([[9, 1, 1, 2], [9, 3, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     counted = mask.bool() & (ids != 9)
-    view = View(torch.zeros(2, 1, 4), ids, mask, counted, torch.zeros_like(counted), torch.zeros(2))
+    view = View(torch.zeros(2, 1, 4), ids, mask, counted, torch.zeros_like(counted), torch.zeros(2), 0)
     assert view.pooled
     truth = bags.bags(view, 10)
     assert truth.nonzero().tolist() == [[0, 1], [0, 2], [1, 3]]
     scores = torch.zeros(2, 10)
     scores[0, [1, 5, 2]] = torch.tensor([3.0, 2.0, 1.0])  # the second of two is wrong
     scores[1, 3] = 1.0
-    assert bags.named(scores, truth) == pytest.approx(2 / 3)
-    assert bags.named(truth.float(), truth) == 1.0
-    assert bags.named(scores, torch.zeros_like(truth)) == 0.0
+    assert bags.named(best(scores, 2), truth) == pytest.approx(2 / 3)
+    assert bags.named(best(truth.float(), 2), truth) == 1.0
+    assert bags.named(best(scores, 2), torch.zeros_like(truth)) == 0.0
     twice = dataclasses.replace(view, ids_ET=torch.tensor([[9, 1, 1, 2], [9, 1, 2, 0]]), counted_ET=counted[[0, 0]])
     assert bags.commonest(twice, view, 10) == pytest.approx(2 / 3), "words 1 and 2 are common there, and 3 is not"
 
