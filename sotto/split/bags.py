@@ -26,7 +26,7 @@ from sotto.split.parts import Bottom
 from sotto.split.view import View, best, best_of
 
 HIDDEN, BATCH, EPOCHS = 512, 32, 10
-"""Of the learned attack; epochs over each fresh release of the known texts."""
+"""Of the learned attack; epochs over each fresh release of the known texts, fewer where a text has several rows."""
 _AT_ONCE = 1024
 """Rows whose words are held at once."""
 
@@ -229,7 +229,8 @@ def learned(known: list[View], target: View, most: int, seed: int, rate: float =
     for view in known:
         rows = view.by_segment()
         seen_ERn = _seen(rows)
-        orders = [torch.randperm(len(seen_ERn), generator=generator) for _ in range(EPOCHS)]
+        epochs = max(1, EPOCHS * len(view.ids_ET) // len(seen_ERn))
+        orders = [torch.randperm(len(seen_ERn), generator=generator) for _ in range(epochs)]
         for chosen in torch.cat(orders).split(BATCH):
             optimizer.zero_grad()
             truth_BC = _words(rows, chosen, index_V, len(candidates_C))
