@@ -4,8 +4,9 @@ python -m benchmarks.split --model <folder of all-MiniLM-L6-v2> --shared <folder
 
 Each point trains the two topmost blocks with LoRA on what was sent, at every cut the same ones, scores privatized
 queries, and attacks what was sent with everything in sotto/split. So two points differ by what left the customer, and
-not by what the vendor trains. The frozen bottom runs once for all points of a cut. Points are written as they are done,
-so a broken run goes on. `points.jsonl`, a table in Markdown and a plot come out.
+not by what the vendor trains. The frozen bottom runs once for all points of a cut. Each point is trained once for each
+seed, and attacked at the first one. Points are written as they are done, so a broken run goes on. `points.jsonl`, a
+table in Markdown and a plot come out. With `--gather FOLDER ...` these are made of what several runs have written.
 
 With `--throughput` instead: what a customer does for 512 texts (the bottom of two blocks, noise, packing), against the
 plain forward pass of that bottom on the same batches, in turn, in CPU seconds of one thread.
@@ -44,8 +45,9 @@ POOLED: list[Point] = [
     {"privatizer": "dx_pooled", "eta": 100.0},
     {"privatizer": "gaussian_pooled", "epsilon": 8.0, "clip_norm": 4.0},
 ]
-NOISED: dict[int, list[float]] = {4: [80.0, 40.0, 20.0], 2: [80.0, 40.0], 0: [160.0, 80.0]}
+NOISED: dict[int, list[float]] = {5: [40.0], 4: [80.0, 40.0, 20.0], 2: [80.0, 40.0], 0: [160.0, 80.0]}
 """Layer -> eta of `dx_hidden`."""
+SEGMENTS = [2, 3, 4]
 TOKENS: list[Point] = [
     {"eta": 100.0},
     {"eta": 100.0, **SELECTED},
@@ -62,10 +64,11 @@ def grid(layer: int) -> list[Point]:
     if layer == 0:
         points += [{"privatizer": "dx_tokens", **point} for point in TOKENS]
     points += [{"privatizer": "dx_hidden", "eta": eta} for eta in NOISED[layer]]
+    points += [{"privatizer": "dx_pooled", "segment": segment, "eta": 300.0} for segment in SEGMENTS]
     return [{"layer": layer, **point} for point in points + POOLED]
 
 
-def config(point: Point, folder: Path, arguments: argparse.Namespace) -> Config:
+def config(point: Point, folder: Path, arguments: argparse.Namespace, seed: int = 0) -> Config:
     """The recipe of one point."""
     return Config.from_dict(
         {
@@ -82,9 +85,9 @@ def config(point: Point, folder: Path, arguments: argparse.Namespace) -> Config:
             "method": {"train": "lora", "lora_layers": [4, 5]} if point["layer"] < BLOCKS else {"train": "head"},
             "run": {
                 "expected_batch_size": 32,
-                "epochs": arguments.epochs,
+                "epochs": arguments.epochs or 1,
                 "learning_rate": arguments.learning_rate,
-                "seed": arguments.seed,
+                "seed": seed,
             },
             "output": {"dir": str(folder / "runs"), "export": "none"},
             "setting": {"kind": "split", **point},
@@ -140,24 +143,22 @@ class Remembered:
         return self._known[key].clone()
 
 
-def measure(point: Point, bottom: Any, tokenizer: Any, arguments: argparse.Namespace) -> Point:
-    """Trains, scores and attacks one point."""
+def measure(point: Point, seed: int, bottom: Any, tokenizer: Any, arguments: argparse.Namespace) -> Point:
+    """Trains and scores one point, and attacks it at the first seed."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "private").mkdir()
         write_data(arguments, folder)
-        made = config(point, folder, arguments)
-        customer, vendor = Customer(made, bottom, tokenizer, SecureNoise()), Vendor(made)
-        outbox = customer.prepare(folder / "private" / "outbox")
-        inbox = Inbox.open(folder / "private" / "inbox", outbox.manifest.to_json(), vendor.agreement)
-        while not inbox.complete:
-            inbox.accept(inbox.received, outbox.read(inbox.received))
-        vendor.train(inbox.open_all())
-        accuracy = evaluate(customer, lambda piece: ask_directly(vendor, piece), folder)
+        made = config(point, folder, arguments, seed)
+        customer, accuracy = Customer(made, bottom, tokenizer, SecureNoise()), None
+        if arguments.epochs:
+            accuracy = train(made, customer, folder)
+        else:
+            customer.settle(load_dataset_for(made, tokenizer, "train"))
         meaning, trained = customer.meaning(), time.process_time()
         report = None
-        if arguments.attackers:
+        if arguments.attackers and seed == arguments.seeds[0]:
             report = audit_customer(customer, arguments.attackers, arguments.passes, searched=arguments.searched)
     return {
         **point,
@@ -169,8 +170,20 @@ def measure(point: Point, bottom: Any, tokenizer: Any, arguments: argparse.Names
         "disclosed": report.exempt if report else 0.0,
         "attribute": report and report.attribute,
         "seconds": [round(trained - start, 1), round(time.process_time() - trained, 1)],
-        **{name: getattr(arguments, name) for name in ("data", "texts", "epochs", "queries", "attackers", "seed")},
+        "seed": seed,
+        **{name: getattr(arguments, name) for name in ("data", "texts", "epochs", "queries", "attackers", "passes")},
     }
+
+
+def train(made: Config, customer: Customer, folder: Path) -> float:
+    """Accuracy of the vendor's model after training on what the customer sent."""
+    vendor = Vendor(made)
+    outbox = customer.prepare(folder / "private" / "outbox")
+    inbox = Inbox.open(folder / "private" / "inbox", outbox.manifest.to_json(), vendor.agreement)
+    while not inbox.complete:
+        inbox.accept(inbox.received, outbox.read(inbox.received))
+    vendor.train(inbox.open_all())
+    return evaluate(customer, lambda piece: ask_directly(vendor, piece), folder)
 
 
 def label(point: Point) -> str:
@@ -178,24 +191,42 @@ def label(point: Point) -> str:
     amount = (
         f" eta {point['eta']:g}" if "eta" in point else f" epsilon {point['epsilon']:g}" if "epsilon" in point else ""
     )
-    return f"{point['privatizer']}{amount}{' + words' if point.get('exempt_share') else ''}"
+    segment = f" of {point['segment']}" if point.get("segment") else ""
+    return f"{point['privatizer']}{segment}{amount}{' + words' if point.get('exempt_share') else ''}"
+
+
+def together(points: Sequence[Point]) -> list[Point]:
+    """One for all seeds: accuracies of all of them, attacks of those that were attacked."""
+    found: dict[tuple[Any, ...], Point] = {}
+    for point in points:
+        one = found.setdefault((point["data"], point["layer"], label(point)), {**point, "accuracies": []})
+        if point["recovered"] and not one["recovered"]:
+            one.update({name: point[name] for name in ("recovered", "rare", "baseline", "disclosed", "attribute")})
+        if point["accuracy"] is not None:
+            one["accuracies"].append(point["accuracy"])
+    for one in found.values():
+        one["accuracy"] = float(np.mean(one["accuracies"])) if one["accuracies"] else None
+    return list(found.values())
 
 
 def table(points: Sequence[Point]) -> str:
     """All points in Markdown, by layer."""
     lines = [
-        "| layer | privatizer | accuracy | survival | EP nearest | EP strongest | strongest | disclosed | class |",
-        "|--:|---|--:|--:|--:|--:|---|--:|--:|",
+        "| layer | privatizer | accuracy | seeds | survival | EP nearest | EP strongest | strongest | EP unseen |"
+        " disclosed | class |",
+        "|--:|---|--:|--:|--:|--:|--:|---|--:|--:|--:|",
     ]
-    for p in sorted(points, key=lambda p: (p["layer"], p["privatizer"], -(p.get("eta") or 0))):
-        recovered = p["recovered"]
+    for p in sorted(together(points), key=lambda p: (p["layer"], p["privatizer"], -(p.get("eta") or 0))):
+        recovered, accuracies = p["recovered"], p["accuracies"]
         strongest = max(recovered, key=recovered.__getitem__, default="")
         near = f"{1 - recovered['nearest neighbour']:.3f}" if recovered else "-"
         best = f"{1 - recovered[strongest]:.3f}" if recovered else "-"
         survival = "-" if p["survival"] is None else f"{p['survival']:.3f}"
-        cells = [p["layer"], label(p), f"{p['accuracy']:.3f}", survival, near, best, strongest or "-"]
+        mean = f"{p['accuracy']:.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})" if accuracies else "-"
+        cells = [p["layer"], label(p), mean, len(accuracies), survival, near, best, strongest or "-"]
         guessed = "-" if p["attribute"] is None else f"{p['attribute']:.3f}"
-        lines.append("| " + " | ".join(map(str, [*cells, f"{p['disclosed']:.3f}", guessed])) + " |")
+        unseen = "-" if p["baseline"] is None else f"{1 - p['baseline']:.3f}"
+        lines.append("| " + " | ".join(map(str, [*cells, unseen, f"{p['disclosed']:.3f}", guessed])) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -205,8 +236,9 @@ WIDTH, HEIGHT, MARGIN = 720, 440, 50
 
 def plot(points: Sequence[Point]) -> str:
     """Accuracy against empirical privacy as SVG: open marks for the nearest neighbour, filled for the strongest."""
-    low = min(p["accuracy"] for p in points) - 0.02
-    high = max(p["accuracy"] for p in points) + 0.02
+    points = [p for p in together(points) if p["recovered"] and p["accuracies"]]
+    low = min((p["accuracy"] for p in points), default=0.0) - 0.02
+    high = max((p["accuracy"] for p in points), default=1.0) + 0.02
 
     def x(privacy: float) -> float:
         return MARGIN + privacy * (WIDTH - 2 * MARGIN)
@@ -222,8 +254,6 @@ def plot(points: Sequence[Point]) -> str:
     words = "empirical privacy (open: nearest neighbour; filled: strongest attack), against accuracy; colour: layer"
     parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 10}">{words}</text>')
     for p in points:
-        if not p["recovered"]:
-            continue
         near, best = 1 - p["recovered"]["nearest neighbour"], 1 - max(p["recovered"].values())
         colour, height = COLOURS[p["layer"]], y(p["accuracy"])
         parts.append(f'<path d="M{x(near):.1f} {height:.1f}H{x(best):.1f}" stroke="{colour}" opacity="0.4"/>')
@@ -277,14 +307,15 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--queries", type=int, default=872)
     parser.add_argument("--max-length", type=int, default=64)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=2, help="0: points are attacked and not trained")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--attackers", type=int, default=1000, help="texts that they know; 0: nothing is attacked")
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--searched", type=int, default=40, help="texts for the searches; 0: none of them")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 0, 2])
     parser.add_argument("--point", type=json.loads, action="append", help="one point instead of the grid, as JSON")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--gather", type=Path, nargs="+", help="folders of earlier runs, whose points are put together")
     parser.add_argument("--throughput", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -292,24 +323,37 @@ def main() -> None:
         print("plain forward over the customer's work:", " ".join(f"{r:.2f}" for r in throughput(arguments)))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.gather:
+        write(arguments.out, [point for folder in arguments.gather for point in stored(folder)])
+        return
     run(arguments, arguments.point or [point for layer in arguments.layers for point in grid(layer)])
+
+
+def stored(folder: Path) -> list[Point]:
+    """The points that a run has written."""
+    path = folder / "points.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(folder: Path, points: Sequence[Point]) -> None:
+    """Table and plot."""
+    (folder / "table.md").write_text(table(points), encoding="utf-8")
+    (folder / "split.svg").write_text(plot(points), encoding="utf-8")
 
 
 def run(arguments: argparse.Namespace, wanted: Sequence[Point]) -> None:
     """Measures the points that are not in the file yet, and writes table and plot of all that are."""
-    stored = arguments.out / "points.jsonl"
-    points = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
+    points = stored(arguments.out)
     bottoms: dict[int, tuple[Any, Any]] = {}
-    for point in wanted[len(points) :]:
+    for point, seed in [(point, seed) for point in wanted for seed in arguments.seeds][len(points) :]:
         if point["layer"] not in bottoms:
             bottom, tokenizer = load_bottom(config(point, arguments.out, arguments))
             bottoms = {point["layer"]: (Remembered(bottom), tokenizer)}
-        points.append(measure(point, *bottoms[point["layer"]], arguments))
-        with open(stored, "a", encoding="utf-8") as file:
+        points.append(measure(point, seed, *bottoms[point["layer"]], arguments))
+        with open(arguments.out / "points.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(points[-1]) + "\n")
         print(json.dumps(points[-1]), flush=True)
-        (arguments.out / "table.md").write_text(table(points), encoding="utf-8")
-        (arguments.out / "split.svg").write_text(plot(points), encoding="utf-8")
+        write(arguments.out, points)
     print(table(points))
 
 

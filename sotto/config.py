@@ -291,6 +291,10 @@ class Config(Section):
             )
         if self.method.zeroth_order:
             raise ValueError("setting.kind: split trains the upper part by its gradient: set method.gradient: auto")
+        if setting.segment is not None and setting.segment > self.data.max_length // 2:
+            raise ValueError(
+                "setting.segment leaves one row of any text: set it to half of data.max_length at most, or leave it out"
+            )
         if self.method.train in ("side", "reversible"):
             raise ValueError("setting.kind: split trains the upper part by method.train: lora, full, bitfit or head")
 

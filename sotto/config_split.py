@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from sotto.config_types import Count, Natural, Positive, Real, Section
+from sotto.config_types import Count, Natural, Positive, Real, Section, not_bool
 
 Privatizer = Literal["none", "dx_tokens", "dx_hidden", "dx_pooled", "gaussian", "gaussian_pooled"]
 
@@ -24,6 +24,9 @@ class SplitSetting(Section):
     """What is done to representations before they leave. `none` protects nothing. `dx_tokens` replaces tokens,
     `dx_hidden` noises representations, `dx_pooled` their mean: metric privacy. `gaussian` and `gaussian_pooled` clip
     and noise all rows or their mean: differential privacy of the whole text."""
+    segment: Annotated[int, BeforeValidator(not_bool), Field(ge=2)] | None = None
+    """`dx_pooled`: tokens that one row stands for, their mean, in the order of the text; a rest joins the last ones.
+    Default: one row for the whole text."""
     eta: Positive | None = None
     """Metric privatizers: the noise has mean length width / eta. `sotto split meaning` shows what a value means."""
     epsilon: Positive | None = None
@@ -58,6 +61,8 @@ class SplitSetting(Section):
             raise ValueError("epsilon belongs to privatizer: gaussian or gaussian_pooled, and both need it")
         if (self.labels != "sent") != (self.label_epsilon is not None):
             raise ValueError("label_epsilon belongs to labels: randomised or kept, and both need it")
+        if self.segment is not None and self.privatizer != "dx_pooled":
+            raise ValueError("segment belongs to privatizer: dx_pooled; dx_hidden is one row for each token")
         if self.privatizer == "dx_tokens" and self.layer != 0:
             raise ValueError("privatizer: dx_tokens sends tokens, so it needs layer: 0")
         if self.exempt != "none" and not (self.privatizer in ("dx_tokens", "dx_hidden") and self.layer == 0):
@@ -72,7 +77,11 @@ class SplitSetting(Section):
     @property
     def pooled(self) -> bool:
         """Whether one row leaves for all tokens of a text together."""
-        return self.privatizer.endswith("_pooled")
+        return self.privatizer.endswith("_pooled") and self.segment is None
+
+    def most_rows(self, max_length: int) -> int:
+        """Rows that leave of one text at most."""
+        return 1 if self.pooled else max(1, max_length // (self.segment or 1))
 
 
 class CentralSetting(Section):

@@ -170,7 +170,7 @@ def test_answers_about_kept_labels_are_given_once_though_messages_are_lost(tmp_p
 @pytest.mark.parametrize(("values", "labels"), [("float16", "sent"), ("ids", "kept")])
 def test_an_upload_is_within_five_percent_of_its_tensors(values: Any, labels: Any) -> None:
     """Every object that Flower makes of the replies, for pieces of the default size at the width of MiniLM."""
-    agreement = Agreement("0" * 64, 2, 384, values, 30522, 3, labels, 128)
+    agreement = Agreement("0" * 64, 2, 384, values, 30522, 3, labels, 1, 128)
     pieces, tensors, generator = [], 0, np.random.default_rng(0)
     for _ in range(3):
         lengths = generator.integers(8, 40, 512).astype(np.int32)

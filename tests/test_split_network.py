@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import http.client
 import ipaddress
@@ -33,8 +34,10 @@ from sotto.split.protocol import CustomerSession, VendorService
 from sotto.split.queries import QueryBook
 from sotto.split.simulate import evaluate, label_keeper, noise_for, simulate
 from sotto.split.vendor import Vendor
+from sotto.split.wire import Manifest
 
 SETTING = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
+SEGMENTS = {"privatizer": "dx_pooled", "segment": 3, "eta": 30.0, "layer": 1}
 KEPT = {"privatizer": "none", "layer": 1, "labels": "kept", "label_epsilon": 5.0}
 SEEDED = {"run": {"debug_noise_seed": 3, "checkpoint_every": 1}}
 
@@ -77,6 +80,20 @@ def test_the_protocol_gives_what_the_simulation_gives(tmp_path: Path) -> None:
     assert evaluate(pair.customer, session.query, pair.run.path) == expected.accuracy
 
 
+def test_sides_with_other_segments_do_not_agree(tmp_path: Path) -> None:
+    """Also where equally many rows leave: the vendor would place them wrongly."""
+    pair = Pair(tmp_path, SEGMENTS)
+    manifest = dataclasses.replace(
+        pair.outbox.manifest, agreement=dataclasses.replace(pair.customer.agreement, segment=4)
+    )
+    with pytest.raises(SottoError) as caught:
+        Manifest.from_json(manifest.to_json(), pair.customer.agreement)
+    assert caught.value.code == "SOT820"
+    assert "segment" in str(caught.value)
+    assert Manifest.from_json(pair.outbox.manifest.to_json(), pair.customer.agreement) == pair.outbox.manifest
+    assert pair.customer.agreement.max_rows == 16 // 3
+
+
 def test_labels_that_are_kept_are_learnt_from_over_the_protocol(tmp_path: Path) -> None:
     pair = Pair(tmp_path, KEPT)
     expected = simulate(pair.config)
@@ -87,8 +104,9 @@ def test_labels_that_are_kept_are_learnt_from_over_the_protocol(tmp_path: Path) 
     tiny_runs.assert_same(dict(pair.service.vendor.top.state_dict()), dict(expected.vendor.top.state_dict()))
 
 
-def test_the_wire_holds_no_text_no_tokens_and_no_seed(tmp_path: Path) -> None:
-    pair, carried = Pair(tmp_path), []
+@pytest.mark.parametrize("setting", [SETTING, SEGMENTS])
+def test_the_wire_holds_no_text_no_tokens_and_no_seed(tmp_path: Path, setting: dict) -> None:
+    pair, carried = Pair(tmp_path, setting), []
 
     def watch(method: str, request: bytes) -> bytes:
         reply = pair.service.call(method, request)
@@ -315,7 +333,12 @@ def test_a_query_is_drawn_once_however_often_it_is_asked(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "setting",
-    [SETTING, {"privatizer": "dx_tokens", "eta": 5.0}, {"privatizer": "gaussian_pooled", "epsilon": 1.0, "layer": 1}],
+    [
+        SETTING,
+        SEGMENTS,
+        {"privatizer": "dx_tokens", "eta": 5.0},
+        {"privatizer": "gaussian_pooled", "epsilon": 1.0, "layer": 1},
+    ],
 )
 def test_the_book_of_queries_survives_a_crash(tmp_path: Path, setting: dict) -> None:
     pair = Pair(tmp_path, setting)

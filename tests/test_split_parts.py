@@ -88,6 +88,23 @@ def test_bottom_and_top_are_the_model_at_every_depth(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_rows_of_segments_stand_where_their_tokens_stood(family: str, layer: int, tmp_path: Path) -> None:
+    """Rows that are three tokens apart, against a text of three times the length with holes between them."""
+    top = Top(make(family, tmp_path), layer)
+    rows = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    wide_rows, wide_mask = torch.zeros(2, 12, 32), torch.zeros(2, 12, dtype=torch.int64)
+    wide_rows[:, ::3], wide_mask[:, ::3] = rows, mask
+    with torch.no_grad():
+        expected = top(wide_rows, wide_mask)
+        assert torch.allclose(top(rows, mask, 3), expected, atol=1e-5)
+        beside = top(rows, mask)
+    # The others have added their places below the cut, so that the rows alone tell where they stood.
+    assert torch.allclose(beside, expected, atol=1e-5) == (family != "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_neither_part_keeps_the_weights_of_the_other(family: str, tmp_path: Path) -> None:
     whole = make(family, tmp_path)
     bottom, top = Bottom(make(family, tmp_path), 1), Top(make(family, tmp_path), 1)

@@ -62,6 +62,64 @@ def test_a_mean_has_one_noise_of_the_right_length_and_knows_no_padding() -> None
     assert stats.kstest(lengths, stats.gamma(a=WIDTH, scale=1 / 60.0).cdf).pvalue < 1e-6
 
 
+def slow_segments(text: torch.Tensor, segment: int) -> list[torch.Tensor]:
+    """Cuts one text by hand: whole segments from the left, and what is left over joins the last one."""
+    pieces = [text[start : start + segment] for start in range(0, len(text), segment)]
+    if len(pieces) > 1 and len(pieces[-1]) < segment:
+        pieces[-2:] = [torch.cat(pieces[-2:])]
+    return pieces
+
+
+@pytest.mark.parametrize("segment", [2, 3, 4])
+def test_segments_are_cut_from_the_left_and_a_rest_joins_the_last(segment: int) -> None:
+    lengths = (1, 2, 3, 4, 5, 7, 11)
+    given = batch(lengths)
+    assert given.hidden_BTn is not None
+    out = PooledNoise(1e9, segment).release(given, DebugNoise(0), 0)
+    texts = [slow_segments(text[:n].double(), segment) for text, n in zip(given.hidden_BTn, lengths, strict=True)]
+    assert out.lengths_B.tolist() == [len(pieces) for pieces in texts]
+    assert all(segment <= len(piece) < 2 * segment for pieces in texts[3:] for piece in pieces)
+    slow = torch.stack([piece.mean(dim=0) for pieces in texts for piece in pieces])
+    assert torch.allclose(out.rows.double(), slow, atol=2e-3)
+    shifted = torch.stack([piece.mean(dim=0) for text, n in zip(given.hidden_BTn, lengths, strict=True)
+                           for piece in slow_segments(text[:n].double().flip(0), segment)])  # fmt: skip
+    assert not torch.allclose(out.rows.double(), shifted, atol=2e-3), "the end that a rest joins is told from the other"
+
+
+@pytest.mark.parametrize("segment", [2, 3, 5])
+def test_one_token_moves_the_means_by_its_share_at_most(segment: int) -> None:
+    """What the guarantee at the embeddings rests on: another token at distance d moves all means by d / m together."""
+    largest = 0.0
+    for length in range(segment, 4 * segment):
+        first = batch((length,))
+        for place in range(length):
+            second = batch((length,))
+            assert first.hidden_BTn is not None
+            assert second.hidden_BTn is not None
+            second.hidden_BTn[0, place] += 100.0 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(place))
+            apart = float((second.hidden_BTn - first.hidden_BTn).double().norm())
+            rows = [PooledNoise(1e12, segment).release(b, DebugNoise(0), 0).rows.double() for b in (first, second)]
+            moved = float((rows[0] - rows[1]).norm(dim=1).sum())
+            assert moved <= apart / segment * (1 + 2e-3)
+            largest = max(largest, moved / apart)
+    assert largest > 0.99 / segment, "the bound is reached, so less noise would not do"
+
+
+def test_each_segment_has_its_own_noise_of_the_right_length() -> None:
+    many = batch((9, 4) * 300)
+    assert many.hidden_BTn is not None
+    plain = PooledNoise(1e12, 3).release(many, DebugNoise(0), 0)
+    released = PooledNoise(50.0, 3).release(many, SecureNoise(), 0)
+    assert released.lengths_B.tolist() == [3, 1] * 300
+    lengths = (released.rows.double() - plain.rows.double()).norm(dim=1).numpy()
+    assert stats.kstest(lengths, stats.gamma(a=WIDTH, scale=1 / 50.0).cdf).pvalue > 1e-6
+    assert stats.kstest(lengths, stats.gamma(a=WIDTH, scale=1 / 60.0).cdf).pvalue < 1e-6
+    # The noise of a token, averaged with its segment: sqrt(3) too short.
+    assert stats.kstest(lengths / math.sqrt(3), stats.gamma(a=WIDTH, scale=1 / 50.0).cdf).pvalue < 1e-12
+    own = lengths.reshape(-1, 4)[:, :3]
+    assert abs(float(torch.corrcoef(torch.from_numpy(own.T.copy()))[0, 1])) < 0.25, "and not one for the whole text"
+
+
 def test_exempt_rows_have_no_noise_and_all_others_have() -> None:
     exempt = torch.zeros(VOCAB, dtype=torch.bool)
     given = batch((9,) * 50)
@@ -150,7 +208,7 @@ def test_a_broken_bottom_is_noticed_before_anything_leaves() -> None:
     given = batch()
     assert given.hidden_BTn is not None
     given.hidden_BTn[1, 2, 0] = math.nan
-    for privatizer in (Plain(), HiddenNoise(1.0), PooledNoise(1.0)):
+    for privatizer in (Plain(), HiddenNoise(1.0), PooledNoise(1.0), PooledNoise(1.0, 2)):
         with pytest.raises(SottoError) as caught:
             privatizer.release(given, DebugNoise(0), 0)
         assert caught.value.code == "SOT802"
@@ -158,6 +216,7 @@ def test_a_broken_bottom_is_noticed_before_anything_leaves() -> None:
     given.hidden_BTn[1, 4, 0] = math.nan  # padding may hold anything
     assert Plain().release(given, DebugNoise(0), 0).rows.isfinite().all()
     assert PooledNoise(1.0).release(given, DebugNoise(0), 0).rows.isfinite().all()
+    assert PooledNoise(1.0, 2).release(given, DebugNoise(0), 0).rows.isfinite().all()
 
 
 def test_the_wire_never_overflows() -> None:
@@ -170,6 +229,7 @@ SETTINGS = [
     ({"privatizer": "none"}, Plain),
     ({"privatizer": "dx_hidden", "eta": 2.0, "layer": 3}, HiddenNoise),
     ({"privatizer": "dx_pooled", "eta": 2.0, "layer": 3}, PooledNoise),
+    ({"privatizer": "dx_pooled", "eta": 2.0, "layer": 3, "segment": 2}, PooledNoise),
     ({"privatizer": "dx_tokens", "eta": 2.0}, TokenSubstitution),
     ({"privatizer": "gaussian", "epsilon": 2.0, "layer": 2}, GaussianRelease),
     ({"privatizer": "gaussian_pooled", "epsilon": 2.0, "layer": 2}, GaussianRelease),
@@ -195,6 +255,9 @@ def test_the_configuration_names_the_privatizer(values: dict, kind: type) -> Non
         {"privatizer": "dx_hidden"},
         {"privatizer": "dx_pooled"},
         {"privatizer": "dx_pooled", "eta": 1.0, "exempt": "selected"},
+        {"privatizer": "dx_pooled", "eta": 1.0, "segment": 1},
+        {"privatizer": "dx_hidden", "eta": 1.0, "segment": 2},
+        {"privatizer": "gaussian_pooled", "epsilon": 1.0, "segment": 2},
         {"privatizer": "none", "eta": 1.0},
         {"privatizer": "gaussian", "eta": 1.0, "epsilon": 1.0},
         {"privatizer": "gaussian"},
@@ -207,7 +270,7 @@ def test_the_configuration_names_the_privatizer(values: dict, kind: type) -> Non
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(values: dict) -> None:
-    with pytest.raises(ValueError, match=r"privatizer|label_epsilon|exempt"):
+    with pytest.raises(ValueError, match=r"privatizer|label_epsilon|exempt|segment"):
         SplitSetting.model_validate({"kind": "split", **values})
 
 
@@ -256,8 +319,23 @@ def test_the_statement_names_exempt_words_and_what_labels_cost() -> None:
 def test_above_the_embeddings_the_statement_counts_the_rows_around_a_token() -> None:
     told = "changes the rows of the tokens around it"
     assert told in " ".join(statement.text(facts(privatizer="dx_hidden", eta=2.0, layer=1)).split())
-    for values in ({"privatizer": "dx_hidden"}, {"privatizer": "dx_pooled", "layer": 1}):
+    segments = {"privatizer": "dx_pooled", "segment": 3}
+    assert told in " ".join(statement.text(facts(**segments, eta=2.0, layer=1)).split())
+    for values in ({"privatizer": "dx_hidden"}, {"privatizer": "dx_pooled", "layer": 1}, segments):
         assert told not in " ".join(statement.text(facts(**values, eta=2.0)).split())
+
+
+def test_the_statement_says_what_a_segment_is_and_what_eta_means_for_one() -> None:
+    values = {"privatizer": "dx_pooled", "segment": 3, "eta": 2.0}
+    text = " ".join(statement.text(facts(**values)).split())
+    assert "the mean of each segment of 3 tokens by itself (the last of a text has up to 5)" in text
+    assert "After the noise a segment was still the nearest to its own" in text
+    assert "moves the mean by at most 1/3 of their distance" in text
+    assert "Over a text these exponents add up" in text
+    assert "Still open: the number of segments of each text," in text
+    above = " ".join(statement.text(facts(**values, layer=1)).split())
+    assert "1/3" not in above, "there a token moves the means of other segments as well"
+    assert "segment" not in statement.text(facts(privatizer="dx_pooled", eta=2.0, layer=1))
 
 
 def test_survival_in_the_statement_is_what_substitution_does() -> None:

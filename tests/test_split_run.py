@@ -47,6 +47,7 @@ def config(folder: Path, setting: dict[str, Any] | None = None, **changes: dict[
         NONE,
         {"privatizer": "dx_tokens", "eta": 50.0},
         {"privatizer": "dx_hidden", "eta": 300.0, "layer": 1, "labels": "randomised", "label_epsilon": 3.0},
+        {"privatizer": "dx_pooled", "segment": 3, "eta": 300.0, "layer": 1},
         {"privatizer": "dx_hidden", "eta": 300.0, "exempt": "selected", "exempt_epsilon": 4.0, "exempt_share": 0.05},
         {"privatizer": "gaussian", "epsilon": 8.0, "layer": 1},
         {"privatizer": "gaussian_pooled", "epsilon": 8.0, "layer": 2, "labels": "kept", "label_epsilon": 4.0},
@@ -74,6 +75,19 @@ def test_learning_works_where_nothing_is_hidden(tmp_path: Path) -> None:
     assert (simulate(config(tmp_path, **changes)).accuracy or 0) > 0.9
     blind = simulate(config(tmp_path, {"privatizer": "dx_hidden", "eta": 0.5, "layer": 1}, **changes))
     assert (blind.accuracy or 0) < 0.6, "noise of 60 times the signal leaves nothing to learn from"
+
+
+def test_segments_are_trained_on_and_asked_about_alike(tmp_path: Path) -> None:
+    setting = {"privatizer": "dx_pooled", "segment": 2, "eta": 1e6, "layer": 1}
+    changes = {"method": {"train": "full"}, "run": {"epochs": 25, "learning_rate": 0.003}}
+    run = simulate(config(tmp_path, setting, **changes))
+    assert (run.accuracy or 0) > 0.9, "a query that left in other pieces would not be understood"
+    sent = Inbox(run.path / "private" / "inbox", run.customer.outbox.manifest).open_all()  # type: ignore[union-attr]
+    lengths = np.diff(run.customer.data.examples.offsets)
+    assert sent.lengths_E.tolist() == np.maximum(1, lengths // 2).tolist()
+    asked = run.customer.query(run.customer.data.examples, np.arange(5))
+    assert asked.lengths_E.tolist() == sent.lengths_E[:5].tolist()
+    assert "segment of 2 tokens" in " ".join(run.statement.split())
 
 
 def test_what_leaves_is_the_bottoms_output_and_nothing_else(tmp_path: Path) -> None:
@@ -276,6 +290,7 @@ def test_cuts_that_leave_nothing_to_train_are_refused(tmp_path: Path, changes: d
     "changes",
     [
         {"privacy": {"epsilon": 3.0}},
+        {"setting": {"privatizer": "dx_pooled", "segment": 9, "eta": 1.0}},
         {"privacy": {"unit": "who"}},
         {"data": {"label": ..., "labels": ...}},
         {"method": {"train": "side"}},

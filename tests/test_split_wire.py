@@ -19,7 +19,7 @@ from sotto.split import wire
 from sotto.split.cache import Inbox, Outbox, Representations
 from sotto.split.wire import Agreement, Manifest, Piece
 
-AGREED = Agreement("ab" * 32, 1, 6, "float16", 100, 3, "sent", 8)
+AGREED = Agreement("ab" * 32, 1, 6, "float16", 100, 3, "sent", 1, 8)
 IDS = replace(AGREED, values="ids")
 KEPT = replace(AGREED, labels="kept")
 

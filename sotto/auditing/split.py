@@ -22,7 +22,7 @@ from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.privacy.noise import NoiseSource, SecureNoise
-from sotto.split import bags, exact, inference, inversion
+from sotto.split import bags, exact, inference, inversion, nearest
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.labels import LabelKeeper
 from sotto.split.vendor import passes as passes_of
@@ -42,9 +42,9 @@ class SplitReport:
     Attributes:
       privatizer, layer: what was attacked.
       recovered: attack -> part of the tokens that it recovered; exempt and special ones apart. Where one row was sent
-        for a whole text, of its different words.
+        for several tokens, of the different words of each row.
       rare: the same for tokens that stand in at most one in two hundred of the texts that the attackers know.
-      rouge: attack -> ROUGE-L of its guesses; empty where one row was sent for a whole text.
+      rouge: attack -> ROUGE-L of its guesses; empty where one row was sent for several tokens.
       baseline: the part that naming the commonest token, or words, every time recovers.
       exempt: the part of all tokens that is exempt, and therefore disclosed.
       attribute, attribute_baseline: accuracy of inferring a text's class from what was sent, and of the best guess.
@@ -149,12 +149,13 @@ def audit_customer(customer: Customer, limit: int, passes: int, seed: int = 0, s
     target = look(customer, data.examples, attacked)
     fresh = _drawing(customer, known, passes if target.ids_sent else 0)
     seldom_V = rare(fresh(), len(bottom.table_Vn))
-    found = (find_words if target.pooled else invert)(customer, target, fresh, passes, seed, searched)
-    scored = _score(found, target, seldom_V)
+    rows = target.by_segment()
+    found = (find_words if rows.pooled else invert)(customer, target, fresh, passes, seed, searched)
+    scored = _score(found, rows, seldom_V)
     counted = target.ids_ET[target.counted_ET]
     baseline = float((counted == counted.mode().values).double().mean()) if len(counted) else 0.0
-    if target.pooled:
-        baseline = bags.commonest(fresh(), target, len(bottom.table_Vn))
+    if rows.pooled:
+        baseline = bags.commonest(fresh().by_segment(), rows, len(bottom.table_Vn))
     classes = len(config.data.labels or ())
     return SplitReport(
         privatizer=customer.setting.privatizer,
@@ -201,12 +202,12 @@ class _Scored:
 
 
 def _score(found: dict[str, torch.Tensor], target: View, seldom_V: torch.Tensor) -> dict[str, _Scored]:
-    """What each attack has found: (E, T) tokens, or (E, V) scores of words where one row was sent for all of them."""
+    """What each attack has found: (E, T) tokens, or (E, K) words where one row was sent for several."""
     scored = {}
     for name, given in found.items():
         view = target.part(torch.arange(len(given)))
         if target.pooled:
-            truth = bags.bags(view, given.shape[1])
+            truth = bags.bags(view, len(seldom_V))
             scored[name] = _Scored(bags.named(given, truth), bags.named(given, truth, seldom_V), None)
         else:
             guesses = given[:, : view.ids_ET.shape[1]]
@@ -218,7 +219,7 @@ def _score(found: dict[str, torch.Tensor], target: View, seldom_V: torch.Tensor)
 def find_words(
     customer: Customer, target: View, fresh: Callable[[], View], passes: int, seed: int, searched: int
 ) -> dict[str, torch.Tensor]:
-    """Attack -> scores of the target's words, where one row was sent for all of them."""
+    """Attack -> the words of each row of the target, the likeliest first, where a row stands for several tokens."""
     return bags.recover(customer.bottom, _ordinary(customer), target, fresh, passes, searched, seed)
 
 
@@ -236,15 +237,15 @@ def invert(
     bottom, view = customer.bottom, fresh()
     table, most = bottom.table_Vn, max(target.ids_ET.shape[1], view.ids_ET.shape[1])
     tokens = _ordinary(customer)
-    by_distance = inversion.Nearest(bottom, tokens)
+    neighbours = nearest.Nearest(bottom, tokens, view)
 
     def as_rows(view: View) -> torch.Tensor:
         return table[view.values] if view.ids_sent else view.values
 
     def decoded(view: View) -> torch.Tensor:
-        return table[by_distance.guess(view)]
+        return table[neighbours.guess(view)]
 
-    found = {"nearest neighbour": by_distance.guess(target)}
+    found = {"nearest neighbour": neighbours.guess(target)}
     learned = inversion.train_inverter(fresh, as_rows, passes, seed, most=most)
     found["learned inversion"] = learned.guess(target)
     if not target.ids_sent:
@@ -278,6 +279,7 @@ def _kept_labels(config: Config, customer: Customer) -> float | None:
 
 def _notes(target: View) -> tuple[str, ...]:
     notes = ["a better attack may find more; this is no bound", "these numbers are functions of private data"]
-    if target.pooled:
-        notes.insert(0, "one row was sent for all tokens of a text: attacks name its words, and are told how many")
+    if target.segment != 1:
+        those = f"each {target.segment} tokens" if target.segment else "all tokens of a text"
+        notes.insert(0, f"one row was sent for {those}: attacks name its words, and are told how many")
     return tuple(notes)

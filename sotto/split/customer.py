@@ -229,19 +229,21 @@ class Customer:
         return meaning(self.probe(), self.setting.eta, self.noise)
 
     def probe(self, sentences: int = 100, length: int = 20) -> torch.Tensor:
-        """(V, n) public representations at the cut, without noise: of tokens, or of sentences where those leave."""
+        """(V, n) public representations at the cut, without noise: of tokens, of segments, or of whole sentences."""
         excluded = set(self.special)
         known = [i for i in range(len(self.bottom.table_Vn)) if i not in excluded]
         if self.setting.privatizer == "dx_tokens":
             return self.bottom.table_Vn[known]
         if self.setting.pooled:
             sentences *= 10
+        segment = length if self.setting.pooled else self.setting.segment or 1
+        length = max(length, segment) // segment * segment
         generator = torch.Generator().manual_seed(0)
         picked = torch.tensor(known)[torch.randint(len(known), (sentences, length), generator=generator)]
         batches = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in picked.split(BATCH))
         parts = [self.bottom.hidden(batch) for batch in batches]
-        hidden = torch.cat([part.mean(dim=1, keepdim=True) if self.setting.pooled else part for part in parts])
-        return hidden.flatten(0, 1)
+        hidden = torch.cat(parts)
+        return hidden.unflatten(1, (-1, segment)).mean(dim=2).flatten(0, 1)
 
     def facts(self) -> Facts:
         """For the statement."""
@@ -288,7 +290,8 @@ def agreement(config: Config, bottom: Bottom) -> Agreement:
         vocabulary=len(bottom.table_Vn),
         classes=len(config.data.labels or ()),
         labels=setting.labels,
-        max_rows=1 if setting.pooled else config.data.max_length,
+        segment=0 if setting.pooled else setting.segment or 1,
+        max_rows=setting.most_rows(config.data.max_length),
     )
 
 

@@ -19,7 +19,7 @@ EPOCHS = 4
 def features(view: View, table_Vn: torch.Tensor) -> torch.Tensor:
     """(E, n) what was sent of each text, as one vector: the mean of its rows."""
     rows = table_Vn[view.values] if view.ids_sent else view.values
-    return masked_mean(rows, torch.ones(rows.shape[:2]) if view.pooled else view.mask_ET)
+    return masked_mean(rows, torch.arange(rows.shape[1]) < view.rows_E[:, None])
 
 
 def infer_attribute(

@@ -1,16 +1,16 @@
 """Attacks that turn representations back into text.
 
-Nearest neighbour is the attacker of the Split-and-Privatize paper (arXiv 2312.15603). It is a weak one, and depth alone
-defeats it; the others are not so easily defeated: a network that is trained on releases of other texts under the same
-noise (Song and Raghunathan, arXiv 2004.00053), a search for tokens whose representation fits (Chen et al., arXiv
-2409.00960), and one that corrects the nearest neighbours by their context.
+Beside the nearest neighbour (see `nearest`) there are attacks that are not so easily defeated by depth: a network that
+is trained on releases of other texts under the same noise (Song and Raghunathan, arXiv 2004.00053), a linear map, a
+search for tokens whose representation fits (Chen et al., arXiv 2409.00960), and one that corrects the nearest
+neighbours by their context.
 
 Shape legend: E texts, T positions, n width, C candidate tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -98,42 +98,6 @@ def train_inverter(
             optimizer.step()
             step += 1
     return Trained(network, candidates, rows)
-
-
-class Nearest:
-    """Gives for each row the token whose representation without a context is nearest; ids that were sent, as they are.
-
-    At layer 0 a token's representation depends on nothing but its place, so rows are compared with every token at their
-    own place. Above, they are compared with the token behind itself, which is all that is known without a context.
-    """
-
-    def __init__(self, bottom: Bottom, tokens_V: torch.Tensor):
-        self.bottom, self.tokens_V = bottom, tokens_V
-        self._stored = list(self._tables(2)) if bottom.layer else []
-
-    def _tables(self, places: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(some tokens, their representations at every place (C, places, n)); all places at once do not fit."""
-        for some in self.tokens_V.split(max(1, 65536 // places)):
-            ids = some[:, None].expand(-1, places)
-            yield some, self.bottom.hidden({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    @torch.no_grad()
-    def guess(self, view: View) -> torch.Tensor:
-        """(E, T) tokens."""
-        if view.ids_sent:
-            return view.values
-        guesses, places = torch.zeros_like(view.ids_ET), view.ids_ET.shape[1]
-        best_ET = torch.full(guesses.shape, -torch.inf)
-        for some, hidden_CPn in self._stored or self._tables(places):
-            for place in range(places):
-                there = view.mask_ET[:, place].bool()
-                table_Cn = hidden_CPn[:, place if self.bottom.layer == 0 else 1]
-                fit = view.values[there, place] @ table_Cn.T - table_Cn.square().sum(dim=1) / 2
-                value, index = fit.max(dim=1)
-                better = value > best_ET[there, place]
-                best_ET[there, place] = torch.where(better, value, best_ET[there, place])
-                guesses[there, place] = torch.where(better, some[index], guesses[there, place])
-        return guesses
 
 
 class Linear:

@@ -10,6 +10,7 @@ Shape legend: B examples, T positions, n width of the hidden states, K classes.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,7 @@ class Top(nn.Module):
         found = require_depth(model, layer)
         before = _before(model, found.layers[0])
         self.model: nn.Module = model
+        self._placed = _takes_places(model)
         self.entering: torch.Tensor | None = None
         self.trained_layers = tuple(range(layer, len(found.layers)))
         for below in found.layers[:layer]:
@@ -187,14 +189,25 @@ class Top(nn.Module):
             if plain not in self._trainable and not new:
                 parameter.requires_grad_(False)
 
-    def forward(self, hidden_BTn: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """(B, K) scores."""
+    def forward(self, hidden_BTn: torch.Tensor, mask_BT: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        """(B, K) scores.
+
+        Args:
+          stride: tokens from one row to the next. Rows of segments are that far apart for a model that turns its keys
+            by their places. One that adds places to its embeddings has done so below the cut.
+        """
         ids_BT = torch.where(mask_BT.bool(), self.other, self.pad)
         self.entering = hidden_BTn
         try:
-            return self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            return self.model(input_ids=ids_BT, attention_mask=mask_BT, **self._places(ids_BT, stride)).logits
         finally:
             self.entering = None
+
+    def _places(self, ids_BT: torch.Tensor, stride: int) -> dict[str, torch.Tensor]:
+        if stride == 1 or not self._placed:
+            return {}
+        places_T = stride * torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return {"position_ids": places_T.expand(ids_BT.shape[0], -1)}
 
 
 def require_depth(model: nn.Module, layer: int) -> stack.Stack:
@@ -211,6 +224,12 @@ def require_depth(model: nn.Module, layer: int) -> stack.Stack:
         )  # fmt: skip
     stack.require_chain(model, found)
     return found
+
+
+def _takes_places(model: nn.Module) -> bool:
+    """Whether a model's own pass takes the places of its tokens."""
+    inner = getattr(model, "backbone", model)  # around a backbone, every argument is given on
+    return "position_ids" in inspect.signature(inner.forward).parameters
 
 
 def _before(model: nn.Module, first_layer: nn.Module) -> set[str]:

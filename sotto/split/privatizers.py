@@ -6,6 +6,7 @@
 | `dx_tokens` | token ids, each the nearest to its noised embedding | eta * distance of embeddings, per token |
 | `dx_hidden` | noised representations | eta * distance of representations, per token |
 | `dx_pooled` | one noised row, the mean of the tokens | eta * distance of the means, per text |
+| `dx_pooled`, `segment: m` | a noised mean of each m tokens | eta * distance of the means, per segment |
 | `gaussian` | `max_length` noised rows | (epsilon, delta), for the replacement of the whole text |
 | `gaussian_pooled` | one noised row, the mean of the tokens | (epsilon, delta), for the replacement of the whole text |
 
@@ -99,18 +100,41 @@ class HiddenNoise:
 
 @dataclass(frozen=True)
 class PooledNoise:
-    """d_X noise on the mean of a text's representations, which is all that leaves of it."""
+    """d_X noise on means of consecutive tokens, which are all that leaves of a text: one for all, or one for each m.
+
+    Guarantee. Two texts from which equally many rows leave are told apart by a factor of at most exp(eta * S), S the
+    sum of the distances between their means, segment by segment; texts with different numbers of rows are not compared.
+    Where a token's row depends on the token alone (layer 0), replacing one by another at distance d moves one mean, by
+    d / m at most (d / length in a text shorter than m), and S is that. Above, one token moves the means of other
+    segments too, and S adds all of it up.
+    """
 
     eta: float
+    segment: int | None = None
     sends_ids: ClassVar[bool] = False
 
     def release(self, batch: Batch, noise: NoiseSource, step: int) -> Released:
-        token_rows(batch)  # refuses what is not finite
-        assert batch.hidden_BTn is not None
-        keep = batch.mask_BT.bool().unsqueeze(-1)
-        mean_Bn = masked_mean(batch.hidden_BTn.double().masked_fill(~keep, 0.0), batch.mask_BT)
-        drawn_Bn = dx_noise(len(mean_Bn), mean_Bn.shape[1], self.eta, noise, step=step)
-        return Released(torch.ones(len(mean_Bn), dtype=torch.int64), to_wire(mean_Bn + drawn_Bn))
+        rows_Nn = token_rows(batch)
+        tokens_B = batch.mask_BT.sum(dim=1)
+        rows_B, owner_N = segments(tokens_B, self.segment)
+        sums_Rn = torch.zeros(int(rows_B.sum()), rows_Nn.shape[1], dtype=torch.float64)
+        sums_Rn.index_add_(0, owner_N, rows_Nn.double())
+        means_Rn = sums_Rn / owner_N.bincount(minlength=len(sums_Rn)).clamp_min(1).unsqueeze(1)
+        drawn_Rn = dx_noise(len(means_Rn), means_Rn.shape[1], self.eta, noise, step=step)
+        return Released(rows_B, to_wire(drawn_Rn.add_(means_Rn)))
+
+
+def segments(tokens_B: torch.Tensor, segment: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """How texts of so many tokens are cut: (B,) rows of each, and (N,) the row that each token belongs to.
+
+    A rest that is shorter than a segment joins the last one, so that no token stands for less than a segment: the last
+    of a text would often have a row of its own, with little to hide among.
+    """
+    rows_B = torch.ones_like(tokens_B) if segment is None else (tokens_B // segment).clamp_min(1)
+    text_N = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
+    place_N = torch.arange(len(text_N)) - (tokens_B.cumsum(0) - tokens_B)[text_N]
+    within_N = torch.zeros_like(place_N) if segment is None else torch.minimum(place_N // segment, rows_B[text_N] - 1)
+    return rows_B, (rows_B.cumsum(0) - rows_B)[text_N] + within_N
 
 
 class TokenSubstitution:
@@ -240,7 +264,7 @@ def make(
     if kind.startswith("dx_"):
         assert setting.eta is not None
         if kind == "dx_pooled":
-            return PooledNoise(setting.eta)
+            return PooledNoise(setting.eta, setting.segment)
         if kind == "dx_tokens":
             return TokenSubstitution(table_Vn, setting.eta, special, exempt_V)
         return HiddenNoise(setting.eta, exempt_V)

@@ -95,7 +95,7 @@ def _protection(facts: Facts) -> str:
             "Depth is no protection."
         )
     if facts.meaning is not None:
-        return _metric(facts.meaning, facts.setting.pooled, facts.setting.layer)
+        return _metric(facts.meaning, facts.setting)
     assert facts.epsilon is not None
     hidden = (
         "the mean of its tokens is all that left"
@@ -109,14 +109,23 @@ def _protection(facts: Facts) -> str:
     )
 
 
-def _metric(m: Meaning, pooled: bool, layer: int) -> str:
-    one, many = ("text", "sentences of random tokens") if pooled else ("token", "public tokens")
-    scope = "for each row by itself" if layer else "for each token by itself"
-    if pooled:
+def _metric(m: Meaning, setting: SplitSetting) -> str:
+    one, many = "token", "public tokens"
+    scope = "for each row by itself" if setting.layer else "for each token by itself"
+    summed = "Over a text these exponents add up. "
+    if setting.pooled:
+        one, many, summed = "text", "sentences of random tokens", ""
         scope = "for the mean of a text's tokens, which is all that left of it"
-    summed = "" if pooled else "Over a text these exponents add up. "
-    if layer and not pooled:
+    elif setting.layer:
         summed += "Another token changes the rows of the tokens around it as well, and those exponents add up too. "
+    if setting.segment is not None:
+        one, many = "segment", "segments of random tokens"
+        scope = (
+            f"for the mean of each segment of {setting.segment} tokens by itself (the last of a text has up to "
+            f"{2 * setting.segment - 1})"
+        )
+        if not setting.layer:
+            summed += f"One token in another's place moves the mean by at most 1/{setting.segment} of their distance. "
     return (
         f"Metric privacy (d_X) with eta {m.eta:g}, {scope}. This is not differential privacy of the text, and eta is "
         f"no epsilon. The noise on a {one} has mean length {m.noise_length:.3g}; the nearest other {one} lies at "
@@ -165,6 +174,8 @@ def _labels(facts: Facts) -> str:
 
 def _not_covered(facts: Facts) -> str:
     length = "" if facts.setting.pooled or facts.epsilon is not None else "the length of each text in tokens, "
+    if facts.setting.segment is not None:
+        length = "the number of segments of each text, "
     return (
         f"Still open: {length}the number of texts, when they were sent, and what several texts of one person tell "
         "together. The trained model is a function of what was sent and carries no guarantee beyond that."

@@ -115,7 +115,7 @@ class Vendor:
         """(B, K) scores of what was sent: rows (B, T, n), or ids (B, T)."""
         if self._bottom is not None:
             values = self._bottom.hidden({"input_ids": values, "attention_mask": mask_BT})
-        return self.top(values.to(self.device), mask_BT.to(self.device))
+        return self.top(values.to(self.device), mask_BT.to(self.device), max(1, self.agreement.segment))
 
     @torch.no_grad()
     def predict(self, sent: Representations) -> torch.Tensor:

@@ -6,10 +6,12 @@ kind, which it can privatize itself as often as it likes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from sotto.data.examples import Examples
 from sotto.split.customer import Customer
@@ -19,15 +21,17 @@ from sotto.split.customer import Customer
 class View:
     """E releases.
 
-    Shape legend: E texts, T positions of the longest, n width.
+    Shape legend: E texts, T positions of the longest, R rows of the longest, S segments, n width.
 
     Attributes:
-      values: (E, T, n) float32 rows as they were sent, or (E, T) int64 token ids. Padding is zero.
+      values: (E, R, n) float32 rows as they were sent, or (E, T) int64 token ids. Padding is zero.
       ids_ET: the true tokens.
       mask_ET: 1 where there is a token.
       counted_ET: True where recovering the token counts: no special and no exempt ones.
       exempt_ET: True for exempt tokens.
       labels_E: the true classes.
+      segment: tokens that a row stands for, 0 for all of a text.
+      around_E2n: the rows that were sent before and behind the only one of this view; None where none were.
     """
 
     values: torch.Tensor
@@ -36,6 +40,8 @@ class View:
     counted_ET: torch.Tensor
     exempt_ET: torch.Tensor
     labels_E: torch.Tensor
+    segment: int = 1
+    around_E2n: torch.Tensor | None = None
 
     @property
     def ids_sent(self) -> bool:
@@ -44,7 +50,13 @@ class View:
     @property
     def pooled(self) -> bool:
         """Whether one row was sent for all tokens together."""
-        return self.values.shape[1] == 1 < self.ids_ET.shape[1]
+        return self.segment == 0
+
+    @property
+    def rows_E(self) -> torch.Tensor:
+        """Rows of each text."""
+        tokens_E = self.mask_ET.sum(dim=1)
+        return torch.ones_like(tokens_E) if self.pooled else (tokens_E // self.segment).clamp_min(1)
 
     def part(self, chosen: torch.Tensor) -> View:
         """Some of the texts, without the columns that none of them needs."""
@@ -57,6 +69,32 @@ class View:
             self.counted_ET[chosen][:, :most],
             self.exempt_ET[chosen][:, :most],
             self.labels_E[chosen],
+            self.segment,
+            None if self.around_E2n is None else self.around_E2n[chosen],
+        )
+
+    def by_segment(self) -> View:
+        """Each row with the tokens that it stands for, as if it were a text; the view itself where it is one."""
+        if self.segment < 2:
+            return self
+        rows_E, most = self.rows_E, 2 * self.segment - 1
+        text_S = torch.arange(len(rows_E)).repeat_interleave(rows_E)
+        place_S = torch.arange(len(text_S)) - (rows_E.cumsum(0) - rows_E)[text_S]
+        last_S = place_S + 1 == rows_E[text_S]
+        size_S = torch.where(last_S, self.mask_ET.sum(dim=1)[text_S] - self.segment * place_S, self.segment)
+        inside_SW = torch.arange(most) < size_S[:, None]
+        token_SW = self.segment * place_S[:, None] + torch.arange(most)
+        taken = text_S[:, None], token_SW.masked_fill(~inside_SW, 0)
+        wide_EQn = nn.functional.pad(self.values, (0, 0, 1, 1))  # before the first and behind the last row: zeros
+        return View(
+            self.values[text_S, place_S].unsqueeze(1),
+            self.ids_ET[taken] * inside_SW,
+            inside_SW.to(self.mask_ET.dtype),
+            self.counted_ET[taken] & inside_SW,
+            self.exempt_ET[taken] & inside_SW,
+            self.labels_E[text_S],
+            0,
+            torch.stack([wide_EQn[text_S, place_S], wide_EQn[text_S, place_S + 2]], dim=1),
         )
 
 
@@ -65,9 +103,8 @@ def look(customer: Customer, examples: Examples, chosen: np.ndarray) -> View:
     piece = customer.query(examples, chosen)
     batch = examples.collate(chosen, customer.tokenizer.pad_token_id)
     ids_ET, mask_ET = batch["input_ids"], batch["attention_mask"]
-    most = ids_ET.shape[1]
-    pooled = len(piece.values) == len(chosen) and most > 1
-    shape = (len(chosen), 1 if pooled else most, *piece.values.shape[1:])
+    segment, most = customer.agreement.segment, ids_ET.shape[1]
+    shape = (len(chosen), 1 if not segment else max(1, most // segment), *piece.values.shape[1:])
     values = torch.zeros(shape, dtype=torch.int64 if piece.values.ndim == 1 else torch.float32)
     ends = np.cumsum(piece.lengths_E)
     for place, (end, length) in enumerate(zip(ends, piece.lengths_E, strict=True)):
@@ -79,7 +116,21 @@ def look(customer: Customer, examples: Examples, chosen: np.ndarray) -> View:
     exempt_ET = customer.exempt_V[ids_ET] & mask_ET.bool()
     counted_ET = mask_ET.bool() & ~special[ids_ET] & ~exempt_ET
     assert examples.labels is not None
-    return View(values, ids_ET, mask_ET, counted_ET, exempt_ET, torch.from_numpy(examples.labels[chosen]))
+    labels_E = torch.from_numpy(examples.labels[chosen])
+    return View(values, ids_ET, mask_ET, counted_ET, exempt_ET, labels_E, segment)
+
+
+def best_of(candidates_C: torch.Tensor, scores: Iterable[torch.Tensor], most: int) -> torch.Tensor:
+    """(E, K) candidates, from their scores (., C) in parts."""
+    orders = [best(some, most) for some in scores]
+    return torch.cat([candidates_C[order].masked_fill(order < 0, -1) for order in orders])
+
+
+def best(scores_EV: torch.Tensor, count: int) -> torch.Tensor:
+    """(E, K) tokens with the highest scores; -1 in place of those that cannot be."""
+    top = scores_EV.topk(min(count, scores_EV.shape[1]), dim=1)
+    order_EK = top.indices.masked_fill(top.values == -torch.inf, -1)
+    return nn.functional.pad(order_EK, (0, count - order_EK.shape[1]), value=-1)
 
 
 def success(guesses_ET: torch.Tensor, view: View) -> float:

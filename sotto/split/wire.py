@@ -33,6 +33,7 @@ class Agreement:
       values: `float16` rows, or `ids` of a vocabulary with `vocabulary` tokens.
       classes: K.
       labels: whether they come along as they are, randomised, or not at all.
+      segment: consecutive tokens that a row stands for; 0: all of a text.
       max_rows: rows of one example at most.
     """
 
@@ -43,6 +44,7 @@ class Agreement:
     vocabulary: int
     classes: int
     labels: Literal["sent", "randomised", "kept"]
+    segment: int
     max_rows: int
 
     @property

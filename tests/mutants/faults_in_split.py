@@ -49,6 +49,25 @@ def noise_is_scaled_after_rounding_eta(m: pytest.MonkeyPatch) -> None:
     wrapped(m, privatizers, "dx_noise", lambda right, n, w, eta, *a, **k: right(n, w, 1.2 * eta, *a, **k))
 
 
+@caught_by("test_split_privatizers.py::test_one_token_moves_the_means_by_its_share_at_most[3", 9)
+def a_rest_has_a_row_of_its_own(m: pytest.MonkeyPatch) -> None:
+    """A token that is left over then stands alone, and moves its row by m times what was stated."""
+
+    def cut(tokens_B: torch.Tensor, segment: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_B, owners = (tokens_B + segment - 1) // segment, []
+        for first, tokens in zip((rows_B.cumsum(0) - rows_B).tolist(), tokens_B.tolist(), strict=True):
+            owners.append(first + torch.arange(tokens) // segment)
+        return rows_B, torch.cat(owners)
+
+    m.setattr(privatizers, "segments", cut)
+
+
+@caught_by("test_split_privatizers.py::test_each_segment_has_its_own_noise_of_the_right_length", 9)
+def noise_is_averaged_with_the_tokens(m: pytest.MonkeyPatch) -> None:
+    """Noise that is put on tokens before their mean is taken is sqrt(m) shorter than the mean's guarantee needs."""
+    wrapped(m, privatizers, "dx_noise", lambda right, *a, **k: right(*a, **k) / math.sqrt(3))
+
+
 @caught_by("test_split_privatizers.py::test_the_noise_is_calibrated_to_replace_one[0.5", 9)
 def sensitivity_of_adding_instead_of_replacing(m: pytest.MonkeyPatch) -> None:
     """A text is replaced by another, which moves the release by twice the clip norm."""
