@@ -7,9 +7,9 @@ The recipe's run with `method.train` set to full, lora, bitfit, side and reversi
 preset at its default rate. `probe_lora` trains the head for half of the steps and then LoRA from there, both at the
 noise that all of the steps together have. Each row has a process of its own, and a second one of three steps for the
 peak above the built model, in which memory that is freed is given back at once; with `--once` it is the run itself.
-Seconds are CPU seconds of a step, the median, and of all steps. Passes are those of an expected batch, forward and
-backward. `cached` is `side` with stored outputs of the frozen model; its seconds are those of steps after they were
-stored.
+Seconds are CPU seconds of a step (on CUDA wall seconds), the median, and of all steps. Passes are those of an expected
+batch, forward and backward. `cached` is `side` with stored outputs of the frozen model; its seconds are those of steps
+after they were stored.
 """
 
 from __future__ import annotations
@@ -88,20 +88,30 @@ def after_probe(config: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def trained(config: Any, args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """One run: its folder, and what it took and gave."""
+    import torch
+
     from sotto import commands, session
 
     begun = session.start(config, args.child)
-    meter, clock, seconds, peaks = Meter("cpu"), [time.process_time()], [], []
+    device = begun.device.type
+
+    def now() -> float:
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    meter, clock, seconds, peaks = Meter(device), [now()], [], []
     meter._reset_peak()
 
     def progress(step: int, values: dict[str, Any]) -> None:
-        seconds.append(time.process_time() - clock[0])
+        seconds.append(now() - clock[0])
         peaks.append((meter._peak() - meter.base) / 2**20)
         if args.memory and step == 3:
             print(json.dumps({"mebibytes": max(peaks)}), flush=True)
             os._exit(0)
         meter._reset_peak()
-        clock[0] = time.process_time()
+        clock[0] = now()
 
     run = commands.run_session(begun, progress)
     passes = config.method.passes

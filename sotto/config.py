@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sotto import config_file
-from sotto.config_federated import FederatedSetting
+from sotto.config_federated import FederatedSetting, agree
 from sotto.config_method import MethodSection
 from sotto.config_split import CentralSetting, SplitSetting
 from sotto.config_types import (
@@ -257,7 +257,7 @@ class Config(Section):
         if isinstance(self.setting, SplitSetting):
             self._split_agrees(self.setting)
         if isinstance(self.setting, FederatedSetting):
-            self._federated_agrees(self.setting)
+            agree(self.setting, self)
         return self
 
     def _looks_agree(self) -> None:
@@ -297,38 +297,6 @@ class Config(Section):
             )
         if self.method.train in ("side", "reversible"):
             raise ValueError("setting.kind: split trains the upper part by method.train: lora, full, bitfit or head")
-
-    def _federated_agrees(self, setting: FederatedSetting) -> None:
-        method = self.method
-        if setting.sites is None and method.gradient not in ("auto", "zeroth_order"):
-            raise ValueError(
-                "setting.kind: federated bounds what a user's device sends, so devices train as they like: set "
-                "method.gradient: auto, or zeroth_order"
-            )
-        if (setting.sites is None and method.clipping == "automatic") or method.laplace or method.side_cache:
-            raise ValueError(
-                "setting.kind: federated needs method.clipping: flat or adaptive, Gaussian noise, and no side_cache"
-            )
-        if setting.sites is not None and method.clipping == "adaptive":
-            raise ValueError("setting.sites needs method.clipping: flat or automatic")
-        if method.zeroth_order and setting.codec != "none":
-            raise ValueError("setting.codec is not for method.gradient: zeroth_order, which sends few numbers anyway")
-        if setting.noise == "clients" and (not self.privacy.private or method.clipping == "adaptive"):
-            raise ValueError("setting.noise: clients needs a privacy budget, and method.clipping: flat")
-        if setting.noise == "clients" and self.privacy.exact_noise:
-            raise ValueError("privacy.exact_noise needs setting.noise: server: devices add their shares in float64")
-        rows = setting.embedding_rows is not None
-        if rows and (method.zeroth_order or method.train not in ("full", "lora") or self.output.export == "adapter"):
-            raise ValueError(
-                "setting.embedding_rows needs gradients, method.train: full or lora, and no output.export: adapter, "
-                "which would leave the embedding out"
-            )
-        if setting.parts > 1 and not method.zeroth_order:
-            raise ValueError("setting.parts is for method.gradient: zeroth_order")
-        if setting.noise == "clients" and method.zeroth_order:
-            raise ValueError("setting.noise: clients is not for method.gradient: zeroth_order")
-        if setting.masks and (1 - setting.dropouts) * (setting.sites or self.run.expected_batch_size) < 2:
-            raise ValueError("setting.masks needs two users, or sites, in a round after dropouts")
 
     @property
     def sampling_prob(self) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from sotto.config_types import Count, Positive, Real, Section
+
+if TYPE_CHECKING:
+    from sotto.config import Config
 
 CodecName = Literal["none", "srht", "subspace", "learned", "autoencoder"]
 
@@ -82,3 +85,41 @@ class FederatedSetting(Section):
         if self.masks and self.noise != "clients":
             raise ValueError("masks hide who sent what, so each message must bring its own noise: set noise: clients")
         return self
+
+
+def agree(setting: FederatedSetting, config: Config) -> None:
+    """Refuses what a federated run cannot do with the rest of its configuration.
+
+    Raises:
+      ValueError: naming the keys that do not go together.
+    """
+    method = config.method
+    if setting.sites is None and method.gradient not in ("auto", "zeroth_order"):
+        raise ValueError(
+            "setting.kind: federated bounds what a user's device sends, so devices train as they like: set "
+            "method.gradient: auto, or zeroth_order"
+        )
+    if (setting.sites is None and method.clipping == "automatic") or method.laplace or method.side_cache:
+        raise ValueError(
+            "setting.kind: federated needs method.clipping: flat or adaptive, Gaussian noise, and no side_cache"
+        )
+    if setting.sites is not None and method.clipping == "adaptive":
+        raise ValueError("setting.sites needs method.clipping: flat or automatic")
+    if method.zeroth_order and setting.codec != "none":
+        raise ValueError("setting.codec is not for method.gradient: zeroth_order, which sends few numbers anyway")
+    if setting.noise == "clients" and (not config.privacy.private or method.clipping == "adaptive"):
+        raise ValueError("setting.noise: clients needs a privacy budget, and method.clipping: flat")
+    if setting.noise == "clients" and config.privacy.exact_noise:
+        raise ValueError("privacy.exact_noise needs setting.noise: server: devices add their shares in float64")
+    rows = setting.embedding_rows is not None
+    if rows and (method.zeroth_order or method.train not in ("full", "lora") or config.output.export == "adapter"):
+        raise ValueError(
+            "setting.embedding_rows needs gradients, method.train: full or lora, and no output.export: adapter, "
+            "which would leave the embedding out"
+        )
+    if setting.parts > 1 and not method.zeroth_order:
+        raise ValueError("setting.parts is for method.gradient: zeroth_order")
+    if setting.noise == "clients" and method.zeroth_order:
+        raise ValueError("setting.noise: clients is not for method.gradient: zeroth_order")
+    if setting.masks and (1 - setting.dropouts) * (setting.sites or config.run.expected_batch_size) < 2:
+        raise ValueError("setting.masks needs two users, or sites, in a round after dropouts")
