@@ -24,7 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-demo.txt
 demo: install
 	@$(BIN)/python -m sotto.demo
 
-test: lint types unit
+test: lint
+	@$(MAKE) --no-print-directory -j2 types unit
 
 lint: install
 	$(BIN)/ruff check .
