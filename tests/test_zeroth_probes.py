@@ -13,6 +13,7 @@ from torch import nn
 
 from sotto import losses
 from sotto.errors import SottoError
+from sotto.models.side import SideOptions, add_side
 from sotto.zeroth_order import perturb
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import Law
@@ -152,6 +153,45 @@ def test_sides_of_a_decoder(kind):
     model = build(kind)
     expected = prober(model, kind, 2).differences(batch(kind), 1)
     assert_close(prober(model, kind, 2, sides=4).differences(batch(kind), 1), expected)
+
+
+def beside(kind: str, block: str) -> Any:
+    """A model with a side network, which alone is trained."""
+    options = SideOptions(reduction=2, every=1, block=block)  # type: ignore[arg-type]
+    whole = add_side(tiny_models.build(kind), options, seed=0).eval().to(torch.float64)
+    tiny_models.perturb(whole)
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(name.startswith("side."))
+    return whole
+
+
+@pytest.mark.parametrize("block", ["layer", "light"])
+@pytest.mark.parametrize("kind", ["bert_classifier", "llama"])
+def test_the_layers_beside_a_side_network_run_once_for_all_directions(kind, block):
+    model, calls = beside(kind, block), []
+    expected = prober(model, kind, 3, reuse_prefix=False).differences(batch(kind), 1)
+    assert float(expected.abs().min()) > 0
+    for smoothing in (1e-3, 0.0):
+        p = prober(model, kind, 3, smoothing=smoothing)
+        p.check(batch(kind))
+        torch.testing.assert_close(p.differences(batch(kind), 1), expected, rtol=1e-3, atol=1e-6)
+    assert_close(prober(model, kind, 3).differences(batch(kind), 1), expected)
+    inner = next(m for m in model.stack.layers[1].modules() if isinstance(m, nn.Linear))
+    inner.register_forward_hook(lambda *args: calls.append(1))
+    prober(model, kind, 8).differences(batch(kind), 1)
+    assert len(calls) == 1
+    prober(model, kind, 8, reuse_prefix=False).differences(batch(kind), 1)
+    assert len(calls) == 17
+    assert model.side.fed is None
+    assert model.side.noted is None
+
+
+def test_layers_that_are_moved_themselves_run_for_each_direction():
+    """The twin: what stands beside the side network is not frozen here, so what it gave is no constant."""
+    model = beside("bert_classifier", "light")
+    model.stack.layers[1].requires_grad_(True)
+    expected = prober(model, "bert_classifier", 3, reuse_prefix=False).differences(batch("bert_classifier"), 1)
+    assert_close(prober(model, "bert_classifier", 3).differences(batch("bert_classifier"), 1), expected)
 
 
 def test_frozen_layers_below_run_once_for_all_directions():

@@ -210,10 +210,17 @@ class _Side(Wrapped):
         Args:
           batch: `input_ids`, `attention_mask` and the like, each (B, T).
         """
-        self.side.noted = {}
-        try:
+        with self.noting() as outputs:
             self(**batch)
-            return self.side.noted
+        return outputs
+
+    @contextmanager
+    def noting(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Inside, the side network does not run, and what it would see of the backbone is put in the dictionary."""
+        outputs: dict[int, torch.Tensor] = {}
+        self.side.noted = outputs
+        try:
+            yield outputs
         finally:
             self.side.noted = None
 

@@ -9,6 +9,9 @@ What is kept is what is needed. A frozen module's output that went into other fr
 first perturbed weight is read, can never be asked for again: in its place stands a tensor of its shape without memory.
 So of a stack of frozen layers only the last output is kept.
 
+Beside a side network the frozen layers come after the first perturbed weight, but read none: what the side network sees
+of them is kept as well, and they do not run again.
+
 Shape legend: B rows of the batch; outputs have any shape.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,10 +60,14 @@ class Prefix:
     Attributes:
       outputs: module -> what its calls gave, in order.
       rows: B, the rows of the batch.
+      model: one with a side network, or None.
+      beside: what the side network sees of the frozen layers, by index.
     """
 
     outputs: dict[nn.Module, list[Any]]
     rows: int
+    model: Any = None
+    beside: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     @contextmanager
     def replay(self, repeats: int = 1) -> Iterator[None]:
@@ -68,8 +75,10 @@ class Prefix:
         before = {module: module.__dict__.get("forward") for module in self.outputs}
         for module, outputs in self.outputs.items():
             module.forward = self._giver(outputs, module.forward, repeats)  # type: ignore[method-assign]
+        repeated = {index: self._repeat(x, repeats) for index, x in self.beside.items()}
         try:
-            yield
+            with self.model.fed(repeated) if repeated else nullcontext():
+                yield
         finally:
             for module, own in before.items():
                 del module.forward
@@ -178,7 +187,13 @@ def capture(
     finally:
         for hook in hooks:
             hook.remove()
-    return Prefix(outputs, len(next(iter(batch.values()))))
+    prefix = Prefix(outputs, len(next(iter(batch.values()))))
+    beside: Any = model if hasattr(model, "noting") else None
+    if beside is not None and perturbed.isdisjoint(map(id, beside.stack.layers.parameters())):
+        with torch.no_grad(), prefix.replay(), beside.noting() as seen:
+            forward(batch)
+        prefix.model, prefix.beside = beside, seen
+    return prefix
 
 
 def _frozen(model: nn.Module, perturbed: set[int]) -> list[nn.Module]:
