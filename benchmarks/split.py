@@ -232,11 +232,14 @@ def table(points: Sequence[Point]) -> str:
 
 COLOURS = dict(enumerate(("#1f77b4", "#8c564b", "#ff7f0e", "#e377c2", "#2ca02c", "#d62728", "#9467bd")))
 WIDTH, HEIGHT, MARGIN = 720, 440, 50
+LEGEND = 240
+"""Width of the column beside the plot that names the points, which lie close to one another."""
 
 
 def plot(points: Sequence[Point]) -> str:
     """Accuracy against empirical privacy as SVG: open marks for the nearest neighbour, filled for the strongest."""
     points = [p for p in together(points) if p["recovered"] and p["accuracies"]]
+    points.sort(key=lambda p: (p["layer"], -p["accuracy"]))
     low = min((p["accuracy"] for p in points), default=0.0) - 0.02
     high = max((p["accuracy"] for p in points), default=1.0) + 0.02
 
@@ -246,22 +249,26 @@ def plot(points: Sequence[Point]) -> str:
     def y(accuracy: float) -> float:
         return HEIGHT - MARGIN - (accuracy - low) / (high - low) * (HEIGHT - 2 * MARGIN)
 
-    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    parts = [f'<rect width="{WIDTH + LEGEND}" height="{HEIGHT}" fill="white"/>']
     for tick in range(11):
         parts.append(f'<text x="{x(tick / 10):.0f}" y="{HEIGHT - 30}" text-anchor="middle">{tick / 10:g}</text>')
         value = low + tick / 10 * (high - low)
         parts.append(f'<text x="{MARGIN - 6}" y="{y(value):.0f}" text-anchor="end">{value:.2f}</text>')
-    words = "empirical privacy (open: nearest neighbour; filled: strongest attack), against accuracy; colour: layer"
+    words = "empirical privacy (open: nearest neighbour; filled: strongest attack), against accuracy; colour: cut"
     parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 10}">{words}</text>')
-    for p in points:
+    for number, p in enumerate(points):
         near, best = 1 - p["recovered"]["nearest neighbour"], 1 - max(p["recovered"].values())
-        colour, height = COLOURS[p["layer"]], y(p["accuracy"])
+        colour, height, letter = COLOURS[p["layer"]], y(p["accuracy"]), chr(ord("a") + number)
         parts.append(f'<path d="M{x(near):.1f} {height:.1f}H{x(best):.1f}" stroke="{colour}" opacity="0.4"/>')
         parts.append(f'<circle cx="{x(near):.1f}" cy="{height:.1f}" r="4" stroke="{colour}" fill="none"/>')
         parts.append(f'<circle cx="{x(best):.1f}" cy="{height:.1f}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x(best) + 6:.1f}" y="{height - 4:.1f}">{p["layer"]}: {label(p)}</text>')
+        beside = x(best) + (-6 if near > best else 6)
+        anchor = "end" if near > best else "start"
+        parts.append(f'<text x="{beside:.1f}" y="{height + 3:.1f}" text-anchor="{anchor}">{letter}</text>')
+        told = f"{letter}  cut {p['layer']}: {label(p)}, {100 * p['accuracy']:.1f} %"
+        parts.append(f'<text x="{WIDTH - 20}" y="{MARGIN + 16 * number}" fill="{colour}">{told}</text>')
     body = "\n".join(parts)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-size="10">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + LEGEND}" height="{HEIGHT}" font-size="10">'
     return f"{head}\n{body}\n</svg>\n"
 
 
