@@ -327,10 +327,10 @@ def test_they_are_found_in_a_classifier_without_noise(tmp_path: Path, monkeypatc
     assert report.lower > report.claimed
 
 
-def test_they_are_completed_by_a_language_model_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_they_are_found_in_a_language_model_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     report = learnt_by_heart(tmp_path, "completion", tiny_runs.write_jsonl, "letters.jsonl", monkeypatch, 24)
-    assert report.numbers["planted_and_completed"] >= report.numbers["planted"] / 2 > 0
-    assert report.numbers["left_out_and_completed"] == 0
+    assert report.numbers["area_under_curve"] > 0.9
+    assert "planted_and_completed" not in report.numbers, "that is asked of secrets alone"
 
 
 def test_planting_leaves_the_dataset_as_it_is(tmp_path: Path):

@@ -107,6 +107,28 @@ def test_units_are_scored_as_one_by_one(place: dict[str, Any], kind: str) -> Non
         assert found[unit] == pytest.approx(slow, abs=1e-5)
 
 
+def test_a_score_has_the_noise_that_the_relation_of_its_run_needs(tmp_path: Path) -> None:
+    """A unit that is replaced moves the pair twice as far as one that is removed."""
+    privacy = {"neighboring_relation": "replace_one"}
+    path = sotto.train(tiny_runs.config(tmp_path, method={"train": "head"}, privacy=privacy)).path
+    held = tiny_runs.write_csv(tmp_path / "held.csv", tiny_runs.rows(20, seed=8))
+    found = sotto.evaluate(path, held, epsilon=1.0, delta=1e-4)
+    assert 0.999 < found["epsilon"] <= 1.0
+    (entry,) = (run for run in _scores() if run["kind"] == "open")
+    event, relation = noisy_scores.Gaussian(entry["event"]["noise_multiplier"]), entry["neighboring_relation"]
+    assert relation == "replace_one"
+    spent = sotto.privacy.accounting.composed_epsilon([(event, 1)], 1e-4, relation)
+    assert spent == pytest.approx(found["epsilon"])
+    assert event.noise_multiplier > 1.9 * sotto.privacy.accounting.noise_multiplier(1.0, 1.0, 1, 1e-4)
+
+
+def _scores() -> list[dict[str, Any]]:
+    """The entries of all ledgers that are about scores."""
+    books = sotto.privacy.ledger.ledger_dir().glob("*.jsonl")
+    entries = [json.loads(line) for book in books for line in book.read_text().splitlines()]
+    return [entry for entry in entries if str(entry.get("run", "")).startswith("score-")]
+
+
 def test_a_noisy_score_is_charged_to_the_data_that_it_is_about(place: dict[str, Any]) -> None:
     config, path = place["classification"]
     first = sotto.evaluate(path, place["held"], epsilon=1.0, delta=1e-4)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mutant import caught_by, wrapped
 
-from sotto import sweeping
+from sotto import noisy_scores, sweeping
 from sotto.rundir import RunDir
 
 LAW = "test_sweep.py::test_the_number_of_trials_follows_its_law["
@@ -48,3 +49,14 @@ def both_laws_are_geometric(m: pytest.MonkeyPatch) -> None:
 def a_later_run_counts_the_trials_of_a_sweep(m: pytest.MonkeyPatch) -> None:
     """The total over the data, and the number of runs, in the statement of whatever is trained next."""
     m.setattr("sotto.privacy.ledger.Ledger.secretive", False)
+
+
+@caught_by("test_noisy_scores.py::test_a_score_has_the_noise_that_the_relation_of_its_run_needs", 24)
+def a_score_is_calibrated_for_removal(m: pytest.MonkeyPatch) -> None:
+    """Under replace_one it has half of the noise that its epsilon needs."""
+    right = noisy_scores.accounting
+    changed = {
+        "noise_multiplier": lambda epsilon, prob, steps, delta, _: right.noise_multiplier(epsilon, prob, steps, delta),
+        "composed_epsilon": lambda events, delta, _: right.composed_epsilon(events, delta),
+    }
+    m.setattr(noisy_scores, "accounting", SimpleNamespace(**{**vars(right), **changed}))
