@@ -282,6 +282,15 @@ def tensor(begin: int, end: int, shape: list[int]) -> dict[str, Any]:
     return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
 
 
+def parquet(find: bytes, put: bytes) -> bytes:
+    """A good file in which some bytes are others."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"odd_name": ["a"], "text": ["odd value"]}), sink, compression="none")
+    content = sink.getvalue().to_pybytes()
+    assert find in content
+    return content.replace(find, put)
+
+
 CORPUS: dict[str, tuple[Reader, bytes]] = {
     "billion laughs": (read_yaml, LAUGHS.encode()),
     "billion laughs in a section": (read_yaml, ("model:\n" + re.sub("(?m)^", "  ", LAUGHS)).encode()),
@@ -308,6 +317,8 @@ CORPUS: dict[str, tuple[Reader, bytes]] = {
     "many open quotes": (read_data("csv"), b"text,label,who\n" + b'"a\n' * 5001),
     "many columns": (read_data("csv"), b"," * 200_000 + b"\n"),
     "no Parquet": (read_data("parquet"), b"PAR1" + b"\xff" * 100 + b"\xff\xff\xff\x7f" + b"PAR1"),
+    "a column whose name is no text": (read_data("parquet"), parquet(b"odd_name", b"odd\xed\x41ame")),
+    "a value that is no text": (read_data("parquet"), parquet(b"odd value", b"odd\xed\x41alue")),
     "a huge header": (read_safetensors, tensors(b"{}", length=2**63)),
     "a header of 9 MiB": (read_safetensors, tensors(b"{" + b" " * (9 << 20) + b"}")),
     "a deep header": (read_safetensors, tensors(b'{"a":' * DEEP)),

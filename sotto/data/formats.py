@@ -250,6 +250,8 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[Row]:
                     yield Row(number, values)
     except OSError as error:
         raise unreadable(path, error.strerror or "it is not a Parquet file") from None
+    except UnicodeDecodeError:  # in a column's name or a value
+        raise unreadable(path, "a text in it is not UTF-8") from None
     except pyarrow.ArrowException as error:
         raise unreadable(path, f"it is not a Parquet file that can be read ({type(error).__name__})") from None
 
