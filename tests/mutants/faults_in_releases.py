@@ -42,6 +42,7 @@ def also_public(m: pytest.MonkeyPatch, name: str) -> None:
 @caught_by("test_sweep.py::test_what_is_released_does_not_tell_how_many_trials_there_were", 21)
 def a_sweep_tells_what_the_ledger_knew(m: pytest.MonkeyPatch) -> None:
     """What all trials had cost when the best of them ended says how many there were, which has to be secret."""
+    m.setattr("sotto.privacy.ledger.Ledger.secretive", False)
     wrapped(m, sweeping, "_facts", lambda right, planned, trial: {**trial, **right(planned, trial)})
 
 
@@ -227,7 +228,7 @@ def the_fingerprint_of_the_data_is_released(m: pytest.MonkeyPatch) -> None:
     """A hash of the text confirms a guess of it."""
 
     def guarantee(right: Any, session: Any, budget: Any) -> Any:
-        m.setattr(sessions, "environment", lambda: {"data": budget.ledger.dataset_id})
+        m.setattr(finish, "_environment", lambda: {"data": budget.ledger.dataset_id})
         return right(session, budget)
 
     wrapped(m, finish, "_guarantee", guarantee)
