@@ -295,8 +295,15 @@ class Config(Section):
             raise ValueError(
                 "setting.segment leaves one row of any text: set it to half of data.max_length at most, or leave it out"
             )
-        if self.method.train in ("side", "reversible"):
-            raise ValueError("setting.kind: split trains the upper part by method.train: lora, full, bitfit or head")
+        if self.method.train == "reversible":
+            raise ValueError(
+                "setting.kind: split trains the upper part by method.train: lora, side, full, bitfit or head"
+            )
+        if self.method.side_cache:
+            raise ValueError(
+                "method.side_cache keeps what texts give on one machine, and in a split run the vendor has none: "
+                "set method.side_cache: false"
+            )
 
     @property
     def sampling_prob(self) -> float:

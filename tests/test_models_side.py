@@ -314,9 +314,9 @@ def test_under_bfloat16_autocast():
     check(whole, losses, B, algorithm="book_keeping", units=UNITS, tolerance=5e-2, slow=set())
 
 
-@pytest.mark.parametrize("family", [*LAYERS, "bloom"])
-def test_it_is_exported_and_opened_again(family: str, tmp_path: Path):
-    whole = with_side(family)
+@pytest.mark.parametrize(("family", "first"), [*[(family, 0) for family in [*LAYERS, "bloom"]], ("bert", 1)])
+def test_it_is_exported_and_opened_again(family: str, first: int, tmp_path: Path):
+    whole = with_side(family, first=first)
     tiny_models.save_tokenizer(tmp_path / "tokenizer")
     tokenizer = load.load_tokenizer(tmp_path / "tokenizer")
     folder = tmp_path / "model"
@@ -400,7 +400,7 @@ def test_a_class_that_cannot_be_shrunk_is_named_when_it_was_asked_for():
 
 
 @pytest.mark.parametrize(
-    "options", [{"reduction": 0}, {"every": 0}, {"reduction": 1.5}, {"block": "x"}, {"init": "fisher"}]
+    "options", [{"reduction": 0}, {"every": 0}, {"reduction": 1.5}, {"block": "x"}, {"init": "fisher"}, {"first": -1}]
 )
 def test_options_that_mean_nothing(options: dict[str, Any]):
     with pytest.raises(ValueError, match="no options"):

@@ -277,6 +277,8 @@ def test_a_public_list_of_words_is_left_alone(tmp_path: Path) -> None:
         ({"setting": {**NONE, "layer": 3}}, "SOT810"),
         ({"method": {"lora_layers": [0]}}, "SOT811"),
         ({"setting": {**NONE, "layer": 2}}, "SOT811"),
+        ({"setting": {**NONE, "layer": 2}, "method": {"train": "side"}}, "SOT811"),
+        ({"setting": {**NONE, "layer": 3}, "method": {"train": "side"}}, "SOT810"),
     ],
 )
 def test_cuts_that_leave_nothing_to_train_are_refused(tmp_path: Path, changes: dict, code: str) -> None:
@@ -293,7 +295,8 @@ def test_cuts_that_leave_nothing_to_train_are_refused(tmp_path: Path, changes: d
         {"setting": {"privatizer": "dx_pooled", "segment": 9, "eta": 1.0}},
         {"privacy": {"unit": "who"}},
         {"data": {"label": ..., "labels": ...}},
-        {"method": {"train": "side"}},
+        {"method": {"train": "reversible"}},
+        {"method": {"train": "side", "side_cache": True}},
     ],
 )
 def test_configurations_that_are_not_for_a_split_are_refused(tmp_path: Path, changes: dict) -> None:

@@ -8,6 +8,9 @@ h_i the output of the backbone's layer i and n() a norm without parameters:
     z = layer_i(g_i z + (1 - g_i) W_i n(h_i))        for each layer that has a side layer
     h_L <- h_L + rms(h_L) W_up norm(z)               before the final norm, pooler and head;  W_up starts at zero
 
+The side network can begin above the embeddings, at a layer `first`: then h_0 is what enters that layer, and nothing
+stands beside those below.
+
 Of an encoder-decoder the layers are the decoder's. Side layers of its own class look at W_e n(e), what the encoder gave
 at their width; light blocks know of the encoder only what the decoder's layers make of it. Nothing is put beside the
 encoder: its output enters frozen layers, and a gradient would have to come back through them.
@@ -44,15 +47,18 @@ class SideOptions:
       every: every how many layers of the backbone there is a side layer. The last layer always has one.
       block: `layer`, the model's own class; `light`, norm and low-rank MLP; `auto`, the first where it can be shrunk.
       init: `random`, or `prune`: the largest rows and columns of the backbone's own weights.
+      first: the lowest layer that the side network looks at. More than 0 where somebody else runs those below.
     """
 
     reduction: int = 8
     every: int = 2
     block: Literal["auto", "layer", "light"] = "auto"
     init: Literal["random", "prune"] = "random"
+    first: int = 0
 
     def __post_init__(self) -> None:
         whole = all(type(n) is int and n >= 1 for n in (self.reduction, self.every))
+        whole = whole and type(self.first) is int and self.first >= 0
         if not whole or self.block not in ("auto", "layer", "light") or self.init not in ("random", "prune"):
             raise ValueError(f"these are no options of a side network: {self}")
 
@@ -68,8 +74,10 @@ class SideNetwork(nn.Module):
         count, d = len(found.layers), found.width
         config: Any = found.owner.config
         s = side_width(config, options.reduction)
-        self.options, self.last = options, count - 1
-        self.kept = [i for i in range(count) if (count - 1 - i) % options.every == 0]
+        self.options, self.first, self.last = options, options.first, count - 1
+        self.kept = [i for i in range(options.first, count) if (count - 1 - i) % options.every == 0]
+        if not self.kept:
+            raise ValueError(f"of {count} layers none is left from layer {options.first} on")
         if options.block == "layer":
             self.blocks = shrunk_layers(found, self.kept, options.reduction)
         else:
@@ -109,18 +117,20 @@ class SideNetwork(nn.Module):
         args, kwargs = stack.with_hidden(args, kwargs, hidden_BTd)
         if index == 0:
             stack.refuse_past(layer, args, kwargs)
-        if self.fed is None:
+        if self.fed is None or index < self.first:
             with torch.no_grad():
                 out = layer(*args, **kwargs)
             self.extras = len(out) - 1 if isinstance(out, tuple) else None
         else:
             out = self.fed.get(index, hidden_BTd)
             out = out if self.extras is None else (out, *[None] * self.extras)
+        if index < self.first:
+            return out
         if self.noted is not None:
             if index in self.kept:
                 self.noted[index] = stack.first(out)
             return out
-        if index == 0:
+        if index == self.first:
             self._z_BTs = self.entry(_normed(hidden_BTd))
             if self.across is not None:
                 self._encoded_BSs = self.across(_normed(stack.encoded_of(layer, args, kwargs).detach()))
@@ -186,7 +196,7 @@ class _Side(Wrapped):
 
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """See `Wrapped.forward`. Keys and values of past tokens are not kept."""
-        if self.side.fed is None and next(self.stack.layers.parameters()).is_meta:
+        if self.side.fed is None and next(self.stack.layers[-1].parameters()).is_meta:
             raise SottoError(
                 "SOT344", what="the backbone's layers have been released", where="release_layers",
                 why="only stored outputs of them can be used now",
@@ -226,7 +236,7 @@ class _Side(Wrapped):
 
     @contextmanager
     def fed(self, outputs: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """Inside, the backbone's layers do not run: `outputs`, as `backbone_outputs` gives them, stand in for them.
+        """Inside, layers from `first` on do not run: `outputs`, as `backbone_outputs` gives them, stand in for them.
 
         Embeddings, masks, final norm and head run as ever. Padding may differ from what the layers would have given:
         no token of the text sees it.
@@ -239,9 +249,9 @@ class _Side(Wrapped):
             self.side.fed = None
 
     def release_layers(self) -> None:
-        """Gives back the memory of the backbone's layers. From here on the model runs only inside `fed`."""
+        """Gives back the memory of the layers from `first` on. After that the model runs only inside `fed`."""
         self._know_form()
-        self.stack.layers.to("meta")
+        self.stack.layers[self.side.first :].to("meta")
 
     def _know_form(self) -> None:
         if self.side.extras == -1:

@@ -12,12 +12,13 @@ from sotto.errors import SottoError
 from sotto.models import support
 
 
-def prepare(model: nn.Module, method: MethodSection, seed: int = 0) -> nn.Module:
+def prepare(model: nn.Module, method: MethodSection, seed: int = 0, first: int = 0) -> nn.Module:
     """Marks what `method.train` names as trainable and freezes the rest.
 
     Args:
       model: as `load_model` gives it.
       seed: draws adapters and side networks; the other methods have no new weights.
+      first: the lowest layer that a side network looks at; of no matter to the other methods.
 
     Returns:
       the same model; for `lora` the `PeftModel` around it; for `side` and `reversible` a transformers model around it.
@@ -35,7 +36,7 @@ def prepare(model: nn.Module, method: MethodSection, seed: int = 0) -> nn.Module
     if method.train == "side":
         from sotto.models.side import SideOptions, add_side
 
-        options = SideOptions(method.side_reduction, method.side_every, method.side_block, method.side_init)
+        options = SideOptions(method.side_reduction, method.side_every, method.side_block, method.side_init, first)
         model = add_side(model, options, seed)
     elif method.train == "lora":
         from sotto.models.lora import add_lora

@@ -19,6 +19,8 @@ from torch import nn
 
 from sotto.errors import SottoError
 from sotto.models import stack, support
+from sotto.models.pooling import MeanPooledClassifier
+from sotto.models.wrapped import Wrapped
 
 
 class _Reached(Exception):
@@ -143,7 +145,7 @@ class Top(nn.Module):
     """The rest of a classifier: takes hidden states instead of tokens.
 
     Attributes:
-      model: the classifier (or, after `adapt`, the PeftModel around it).
+      model: the classifier, with a side network or without (or, after `prepare`, the PeftModel around it).
       trained_layers: indices of the blocks above the cut.
       entering: (B, T, n) input of the pass that is under way.
     """
@@ -228,7 +230,9 @@ def require_depth(model: nn.Module, layer: int) -> stack.Stack:
 
 def _takes_places(model: nn.Module) -> bool:
     """Whether a model's own pass takes the places of its tokens."""
-    inner = getattr(model, "backbone", model)  # around a backbone, every argument is given on
+    inner = model
+    while isinstance(inner, Wrapped | MeanPooledClassifier):  # around a backbone, every argument is given on
+        inner = inner.backbone
     return "position_ids" in inspect.signature(inner.forward).parameters
 
 
@@ -261,7 +265,7 @@ def _running(model: nn.Module, run: Callable[[], Any]) -> set[str]:
     used: set[int] = set()
 
     def note(module: nn.Module, *_: Any) -> None:
-        if "forward" not in module.__dict__ or isinstance(module.__dict__["forward"], _Enter | _StopAfter):
+        if not isinstance(module.__dict__.get("forward"), _Pass | _StopBefore | _NoEmbedding):
             used.update(id(p) for p in module.parameters(recurse=False))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules()]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sotto import checkpoint
 from sotto.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from sotto.optim import Optimizer
 from sotto.split.cache import Representations
 from sotto.split.customer import agreement, load_bottom, setting_of
 from sotto.split.labels import corrected_loss
-from sotto.split.parts import Top
+from sotto.split.parts import Top, require_depth
 
 SCORING_BATCH = 64
 
@@ -162,8 +163,11 @@ def passes(config: Config, examples: int) -> int:
 
 def _trainable_top(config: Config) -> Top:
     method = config.method
+    layer = setting_of(config).layer
     loaded = models_load.load_model(config.model, config.data, method, config.run.seed)
-    top = Top(loaded.model, setting_of(config).layer)
+    if method.train == "side":
+        return Top(_with_side(loaded.model, config, layer), layer)
+    top = Top(loaded.model, layer)
     if method.train == "lora":
         wanted = method.lora_layers if method.lora_layers is not None else top.trained_layers
         blocks = tuple(block for block in wanted if block in top.trained_layers)
@@ -177,3 +181,18 @@ def _trainable_top(config: Config) -> Top:
     top.model = prepare(top.model, method, config.run.seed)
     top.freeze_below()
     return top
+
+
+def _with_side(model: nn.Module, config: Config, layer: int) -> nn.Module:
+    """The whole model with a side network that begins at the cut.
+
+    Before the model is cut, because only a whole one can be run on tokens, to see that the side network fits it and
+    starts at its function. What enters it after the cut is what the customer sent.
+    """
+    if layer == len(require_depth(model, layer).layers):
+        raise SottoError(
+            "SOT811", what="no block lies above the cut", where="setting.layer",
+            why="a side network stands beside blocks that the vendor runs, and the customer runs them all",
+            fix="cut lower with setting.layer, or train the head with method.train: head",
+        )  # fmt: skip
+    return prepare(model, config.method, config.run.seed, first=layer)
