@@ -156,7 +156,7 @@ def test_parts_add_up_and_weights_are_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "train", "gradient"),
     [pytest.param("bert", "lora", "book_keeping", marks=pytest.mark.slow), ("gpt2", "full", "ghost"),
-     ("qwen3", "lora", "layerwise")],
+     pytest.param("qwen3", "lora", "layerwise", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_few_layers_tell_of_all(tmp_path: Path, kind: str, train: str, gradient: str) -> None:
     """What is followed from three and four layers must be the whole trace's, to the byte, wherever the step is."""
