@@ -24,6 +24,7 @@ from sotto.errors import SottoError
 from sotto.privacy.bounds import (
     COARSE,
     FINE,
+    gaussian_epsilon,
     gaussian_mu,
     normalise,
     rdp_bound,
@@ -147,7 +148,8 @@ def noise_multiplier(
     """Returns a noise multiplier that keeps `steps` steps within (epsilon, delta). Never too small.
 
     With precision `fine` it is at most 0.1 % above the smallest valid one; `coarse` (for what-if tables) is as safe,
-    and about 1 % above. The same-named `epsilon` of the returned float, at the same precision, is at most the target.
+    and mostly 1 to 2 % above. The same-named `epsilon` of the returned float, at the same precision, is at most the
+    target.
 
     Raises:
       SottoError: SOT401, an argument is out of range.
@@ -159,22 +161,24 @@ def noise_multiplier(
     relation = check_relation(neighboring_relation)
     tolerance = _tolerance(precision)
 
-    def spent(sigma: float, tolerance: float) -> float:
+    def spent(sigma: float, tolerance: float, refine: bool = True) -> float:
         events = normalise(((PoissonGaussian(sigma, float(sampling_prob)), steps),))
-        return upper_bound(events, float(delta), relation, tolerance)
+        return upper_bound(events, float(delta), relation, tolerance, refine)
 
-    mu = gaussian_mu(target, delta) / (2.0 if relation == "replace_one" else 1.0)
-    safe = math.sqrt(steps) / mu  # no amplification: the closed form
-    while spent(safe, tolerance) > target:
+    each = 2.0 if relation == "replace_one" else 1.0
+    mu = gaussian_mu(target, delta) / each
+    safe = math.sqrt(steps) / mu  # no amplification: the closed form, which bounds every sampling probability
+    while gaussian_epsilon(each * math.sqrt(steps / safe**2), float(delta)) > target:
         safe *= 1 + 1e-10
     if sampling_prob == 1:
         return safe
     # Central limit theorem (Bu et al. 2020, arXiv:1911.11607): where to look first, never a bound.
     guess = min(1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps)), safe)
-    coarse = _least(lambda sigma: spent(sigma, COARSE), target, guess, safe, _SLACK["coarse"])
+    coarse, slope = _least(lambda sigma: spent(sigma, COARSE, refine=False), target, guess, safe, _SLACK["coarse"])
     if precision == "coarse":
         return coarse
-    return _least(lambda sigma: spent(sigma, tolerance), target, coarse * (1 - 1e-3), safe, _SLACK["fine"])
+    guess = coarse * (1 - _SLACK["coarse"] / slope)
+    return _least(lambda sigma: spent(sigma, tolerance), target, guess, safe, _SLACK["fine"], slope)[0]
 
 
 def pure_epsilon(events: Sequence[tuple[Event, int]]) -> float:
@@ -211,32 +215,35 @@ def laplace_noise_multiplier(epsilon: float, sampling_prob: float, steps: int) -
     return scale
 
 
-def _least(spent: Callable[[float], float], target: float, guess: float, safe: float, slack: float) -> float:
-    """A `sigma` <= `safe` with `spent(sigma)` in [target * (1 - slack), target]; secant steps inside a bracket.
+def _least(
+    spent: Callable[[float], float], target: float, guess: float, safe: float, slack: float, slope: float = 2.5
+) -> tuple[float, float]:
+    """A `sigma` <= `safe` with `spent(sigma)` in [target * (1 - slack), target], and how steeply `spent` falls there.
 
-    `spent` falls as sigma grows. Stops also when the bracket is narrower than `slack`; returns its safe end.
+    `safe` is known to be within the target, and is not tried. `slope` is minus the slope of log spent over log sigma,
+    as guessed: one step of Newton's method from each value, with the slope between the last two, inside a bracket.
+    Stops also when the bracket is narrower than `slack`; returns its safe end.
     """
-    low, low_value, high, high_value = 0.0, math.inf, safe, spent(safe)
+    low, high = 0.0, safe
     sigma, aim = min(guess, safe), math.log(target) + math.log1p(-slack / 2)
+    before: tuple[float, float] | None = None
     for attempt in range(200):
         value = spent(sigma)
         if value <= target:
-            high, high_value = sigma, value
+            high = sigma
         else:
-            low, low_value = sigma, value
-        if high_value >= target * (1 - slack) or high <= low * (1 + slack / 4):
-            return high
-        if low == 0.0:
-            sigma = high * (0.97 if attempt < 2 else 0.8)
-        elif attempt % 5 == 4 or not 0 < high_value <= low_value < math.inf:
-            sigma = math.sqrt(low * high)
-        elif high == safe and low < safe / 2:
-            sigma = min(low * (1 + max(0.003, min(0.5, (math.log(low_value) - aim)))), math.sqrt(low * high))
-        else:
-            share = (math.log(low_value) - aim) / (math.log(low_value) - math.log(high_value))
-            step = math.log(high / low) * min(max(share, 0.02), 0.98)
-            sigma = low * math.exp(step)
-    return high
+            low = sigma
+        if target * (1 - slack) <= value <= target or high <= low * (1 + slack / 4):
+            break
+        step = math.nan
+        if 0 < value < math.inf:
+            point = (math.log(sigma), math.log(value))
+            if before is not None and before[0] != point[0]:
+                slope = min(max((before[1] - point[1]) / (point[0] - before[0]), 0.5), 20.0)
+            step, before = sigma * math.exp(min(max((point[1] - aim) / slope, -1.0), 1.0)), point
+        middle = math.sqrt(low * high) if low else high / 2
+        sigma = step if low < step < high and attempt % 8 != 7 else middle  # nan is not inside
+    return high, slope
 
 
 def max_steps(

@@ -55,7 +55,7 @@ def normalise(events: tuple[tuple[Event, int], ...]) -> Counts:
 
 
 @functools.lru_cache(maxsize=4096)
-def upper_bound(events: Counts, delta: float, relation: str, tolerance: float) -> float:
+def upper_bound(events: Counts, delta: float, relation: str, tolerance: float, refine: bool = True) -> float:
     """Epsilon of the composition of `events`, never below the truth.
 
     Args:
@@ -63,6 +63,7 @@ def upper_bound(events: Counts, delta: float, relation: str, tolerance: float) -
       delta: in (0, 1).
       relation: `add_or_remove_one` or `replace_one`.
       tolerance: the relative excess over the truth that is aimed at.
+      refine: whether finer grids are tried until that is seen to be reached; without, the first grid's bound is taken.
     """
     if not events:
         return 0.0
@@ -86,7 +87,7 @@ def upper_bound(events: Counts, delta: float, relation: str, tolerance: float) -
         best = gaussian_epsilon(mu, delta)
         if all(isinstance(event, Gaussian) for event, _ in events):
             return best
-    tight = _refined_pld(events, delta, relation, tolerance)
+    tight = _refined_pld(events, delta, relation, tolerance, 12 if refine else 1)
     if math.isinf(tight) and relation == "add_or_remove_one":
         tight = rdp_bound(events, delta)
     return min(best, tight)
@@ -189,8 +190,10 @@ def _loss_scale(event: Event, relation: str) -> tuple[float, float]:
     return sides * deviation, largest - math.log1p(-q) * sides
 
 
-def _refined_pld(events: Counts, delta: float, relation: str, tolerance: float) -> float:
-    """The least of several PLD bounds, refined until the extrapolated excess is below `tolerance`. inf if unusable."""
+def _refined_pld(events: Counts, delta: float, relation: str, tolerance: float, grids: int) -> float:
+    """The least of several PLD bounds, refined until the extrapolated excess is below `tolerance`. inf if unusable.
+
+    At most `grids` are tried."""
     steps = sum(count for _, count in events)
     target = delta - _ROUND_OFF * steps
     if target < delta / 2:
@@ -199,13 +202,14 @@ def _refined_pld(events: Counts, delta: float, relation: str, tolerance: float) 
     variance = sum(deviation**2 * count for deviation, _, count in scales)
     largest = max(top for _, top, _ in scales)
     finest = max(largest / _MAX_ONE_STEP_BINS, (largest + 20 * math.sqrt(variance)) / _MAX_BINS)
-    interval = max(2 * math.sqrt(12 * tolerance / 2 * variance / steps), largest / 20_000, finest)
+    aim = tolerance * (2 if grids > 1 else 0.5)  # rounding to a grid adds interval^2 / 12 to a step's variance
+    interval = max(2 * math.sqrt(12 * aim * variance / steps), largest / 20_000, finest)
     order = 2
     if any(isinstance(event, _LAPLACE) for event, _ in events):
         # The loss has an atom at 1/scale, off the grid: the excess falls with the interval, not with its square.
         order, interval = 1, max(min(interval, tolerance * largest), finest)
     best, previous, previous_interval = math.inf, math.inf, math.inf
-    for _ in range(12):
+    for _ in range(grids):
         value = _pld_bound(events, target, relation, interval)
         if math.isinf(value):
             break

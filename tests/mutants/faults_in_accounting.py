@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ GOLDEN = "test_privacy_accounting.py::test_poisson_gaussian["
 
 
 def other_bound(m: pytest.MonkeyPatch, change: Any) -> None:
-    """Replaces what all epsilons are computed from; `change(right, events, delta, relation, tolerance)`."""
+    """Replaces what all epsilons are computed from; `change(right, events, delta, relation, *rest)`."""
     wrapped(m, accounting, "upper_bound", change)
 
 
@@ -76,7 +77,7 @@ def delta_is_ignored(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_privacy_accounting.py::test_replace_one_without_sampling_doubles_the_distance", 24)
 def replacement_costs_as_much_as_removal(m: pytest.MonkeyPatch) -> None:
     """The distance between the two sums is not doubled."""
-    other_bound(m, lambda right, events, delta, relation, tol: right(events, delta, "add_or_remove_one", tol))
+    other_bound(m, lambda right, events, delta, relation, *rest: right(events, delta, "add_or_remove_one", *rest))
 
 
 @caught_by("test_privacy_accounting.py::test_mixed_kinds_compose", 24)
@@ -88,7 +89,12 @@ def only_the_first_kind_of_release_counts(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_privacy_accounting.py::test_max_steps[add", 24)
 def noise_is_rounded_down(m: pytest.MonkeyPatch) -> None:
     """Two digits look nicer."""
-    wrapped(m, accounting, "_least", lambda right, *args: math.floor(right(*args) * 100) / 100)
+
+    def rounded(right: Callable[..., tuple[float, float]], *args: float) -> tuple[float, float]:
+        sigma, slope = right(*args)
+        return math.floor(sigma * 100) / 100, slope
+
+    wrapped(m, accounting, "_least", rounded)
 
 
 @caught_by("test_privacy_statement.py::test_numbers_are_rounded_up[3.00001", 24)
