@@ -47,7 +47,7 @@ CHUNK = 1 << 18
 """Entries made at a time: small enough for a processor's cache."""
 DEVICE_CHUNK = 1 << 22
 """Entries made at a time on a GPU, where every operation takes a while to start, however little it does."""
-PIECE = 1 << 14
+PIECE = 1 << 17
 """Signs that are expanded from their bits at a time: small enough for the cache of one core."""
 
 

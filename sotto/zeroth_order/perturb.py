@@ -30,6 +30,8 @@ from sotto.zeroth_order.directions import Directions
 
 BLOCK = 1 << 22
 """Elements of a matrix up to which it is moved as a whole."""
+ALIGNED = 64
+"""Outputs are computed so many at a time, or a multiple: products that begin elsewhere took a fifth longer."""
 
 Batch = Mapping[str, torch.Tensor]
 Function = Callable[..., Any]
@@ -199,6 +201,7 @@ class Perturbed(TorchFunctionMode):
         """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
         rows = max(1, BLOCK // c)
+        rows -= rows % ALIGNED if rows > ALIGNED else 0
         # Given back at once: a model's memory is highest where activations meet, and not in here.
         block = weight.detach().new_empty(min(rows, m) * c)  # of the weight's own kind, in a forecast too
         autocast = torch.is_autocast_enabled(input.device.type)
