@@ -124,8 +124,7 @@ def memory(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> Non
         if sys.stderr.isatty():
             print(f"\r{done} of {of} methods", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
-    table = commands.memory(_load(config, set), progress)
-    progress(len(table.rows), len(table.rows))
+    table = commands.memory(_load(config, set), progress, workers=min(os.cpu_count() or 1, 8))
     _print_json(table.to_dict()) if as_json else print(memory_text.render(table))
 
 

@@ -70,12 +70,16 @@ def plan(config: ConfigLike) -> Plan:
     return dataclasses.replace(made, memory=memory_estimate.of_plan(config, facts))
 
 
-def memory(config: ConfigLike, progress: Callable[[int, int], None] = lambda done, of: None) -> MemoryTable:
+def memory(
+    config: ConfigLike, progress: Callable[[int, int], None] = lambda done, of: None, workers: int = 1
+) -> MemoryTable:
     """What every method would need, by part, and the largest microbatch that fits. Reads the model's config.json alone.
 
     Args:
       config: a Config, or the path of a YAML file.
       progress: called with the number of methods that are done, and of all; each takes some seconds.
+      workers: processes that share the work of a large model. More than one only in a script whose work begins below
+        `if __name__ == "__main__":`, for they import it.
 
     Returns:
       The table: `rows`, the `pick` for the budget, and the budget, which is `run.memory` or what is free.
@@ -87,7 +91,7 @@ def memory(config: ConfigLike, progress: Callable[[int, int], None] = lambda don
     from sotto.devices import choose_device
 
     config = _config(config)
-    return memory_budget.table(config, choose_device(config.run.device), progress)
+    return memory_budget.table(config, choose_device(config.run.device), progress, workers)
 
 
 def train(config: ConfigLike, progress: Callable[[int, dict[str, Any]], None] | None = None) -> Run:

@@ -5,8 +5,12 @@ The microbatch is performance alone. It never changes the batch that is drawn, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any, get_args
 
 import psutil
@@ -25,6 +29,8 @@ RESERVE = 0.9
 """The part of the memory that is planned with. The rest is for what allocators and libraries keep."""
 THRIFTY = ("lora", "reversible", "bitfit", "side", "head")
 """What is proposed in the place of a method that does not fit, the nearest first."""
+PATIENCE = 20.0
+"""Seconds that a table may take in one process; starting others takes some of its own."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,17 @@ def microbatch_size(config: Config, device: torch.device) -> int:
 
 
 def table(
-    config: Config, device: torch.device, progress: Callable[[int, int], None] = lambda done, of: None
+    config: Config,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    workers: int = 1,
 ) -> MemoryTable:
     """Forecasts of all methods at the recipe's microbatch, or at the one that fits the recipe's own method.
 
     Args:
       progress: called with the number of methods that are done, and of all; each takes some seconds.
+      workers: processes that share the work where one would take longer than `PATIENCE`. Each needs the memory of
+        the libraries, and imports the main module, which must be guarded by its name then.
     """
     budget, size = Budget.of(config, device), config.run.microbatch_size
     own = _gradient(config.method.gradient)
@@ -134,10 +145,12 @@ def table(
         size = max(1, MemoryLaw(config, device).largest(budget.room, LARGEST_MICROBATCH))
     gradients = [g for g in get_args(MethodSection.model_fields["gradient"].annotation) if g != "auto"]
     trains = [t for t in get_args(MethodSection.model_fields["train"].annotation) if t != "head"]
-    methods, rows = [(train, gradient) for train in trains for gradient in gradients], list[MethodRow]()
-    for train, gradient in methods:
-        progress(len(rows), len(methods))
-        rows.append(_row(config, device, train, gradient, size, budget))
+    jobs = [(config, device, train, gradient, size, budget) for train in trains for gradient in gradients]
+    rows: list[MethodRow] = []
+    progress(0, len(jobs))
+    for row in _rows(jobs, workers):
+        rows.append(row)
+        progress(len(rows), len(jobs))
     fitting = {(row.train, row.gradient): row for row in rows if row.largest >= 1}
     wanted = [(config.method.train, own), *((config.method.train, g) for g in gradients if g != "per_example")]
     wanted += [(train, own) for train in THRIFTY]
@@ -146,6 +159,24 @@ def table(
 
 def _gradient(name: str) -> str:
     return "book_keeping" if name == "auto" else name
+
+
+def _rows(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[MethodRow]:
+    """`_row` of every job, in order; in other processes once the first has shown how long all would take."""
+    begun = time.monotonic()
+    yield _row(*jobs[0])
+    done, left = 1, len(jobs) - 1
+    workers = min(workers, left)
+    if workers > 1 and (time.monotonic() - begun) * left > PATIENCE:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            try:
+                for row in pool.map(_row, *zip(*jobs[1:], strict=True)):
+                    yield row
+                    done += 1
+            except BrokenProcessPool:  # a process was ended from outside, for its memory perhaps: go on alone
+                pass
+    for job in jobs[done:]:
+        yield _row(*job)
 
 
 def _row(config: Config, device: torch.device, train: str, gradient: str, size: int, budget: Budget) -> MethodRow:

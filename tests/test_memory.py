@@ -272,6 +272,19 @@ def test_the_table_knows_every_method(tmp_path: Path, monkeypatch: pytest.Monkey
     json.dumps(table.to_dict())
 
 
+@pytest.mark.slow
+def test_processes_share_the_table_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_only(tmp_path, "bert", 2, "lora", "ghost", microbatch_size=2)
+    words = ("full", "lora", "bitfit", "side", "ghost")
+    monkeypatch.setattr(memory_budget, "get_args", lambda annotation: [a for a in words if a in str(annotation)])
+    alone = memory_budget.table(config, CPU)
+    monkeypatch.setattr(memory_budget, "PATIENCE", 0.0)
+    told: list[tuple[int, int]] = []
+    shared = memory_budget.table(config, CPU, lambda done, of: told.append((done, of)), workers=2)
+    assert [row.forecast for row in shared.rows] == [row.forecast for row in alone.rows]
+    assert told == [(n, 4) for n in range(5)]
+
+
 @pytest.mark.parametrize(
     ("kind", "gradient", "train"),
     [*(("bert", "zeroth_order", train) for train in ("lora", "side", "reversible")),
