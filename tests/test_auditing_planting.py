@@ -69,7 +69,7 @@ def gradients(folder: Path, **method: Any) -> sotto.Config:
     [
         {},
         {"gradient": "ghost"},
-        {"gradient": "layerwise", "train": "full"},
+        {"gradient": "layerwise"},
         {"clipping": "adaptive", "clip_norm": 0.1},
         {"train": "side", "side_reduction": 2},
     ],

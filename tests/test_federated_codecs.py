@@ -136,14 +136,14 @@ def test_an_autoencoder_of_random_numbers_keeps_no_more_than_its_share(autoencod
     assert kept == pytest.approx(math.sqrt(share), abs=0.08)
 
 
-def test_the_autoencoder_is_the_same_for_the_same_key(autoencoder: Autoencoder):
-    again = Autoencoder(2048, 256, "key", 1.0)
+def test_the_autoencoder_is_the_same_for_the_same_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sotto.federated.autoencoder.STEPS", 100)
+    one, again, other = (Autoencoder(2048, 256, key, 1.0) for key in ("key", "key", "another"))
     update = torch.randn(2048)
-    assert torch.equal(again.encode(update, 0), autoencoder.encode(update, 0))
-    other = Autoencoder(2048, 256, "another", 1.0)
-    assert not torch.equal(other.encode(update, 0), autoencoder.encode(update, 0))
-    other.restore(autoencoder.state())
-    assert torch.equal(other.encode(update, 0), autoencoder.encode(update, 0))
+    assert torch.equal(again.encode(update, 0), one.encode(update, 0))
+    assert not torch.equal(other.encode(update, 0), one.encode(update, 0))
+    other.restore(one.state())
+    assert torch.equal(other.encode(update, 0), one.encode(update, 0))
 
 
 # ---- noise that users add

@@ -323,7 +323,7 @@ def test_seventy_billion_weights_take_no_memory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(LlamaConfig(**large).to_json_string(use_diff=False))
     law = MemoryLaw(config.with_overrides(["method.train=lora", "data.max_length=512"]), CPU)
     assert law._depths == (3, 4, 77)
-    segments, _ = law._at_depth(3, check=True)
+    _, segments = law._at_depth(3, check=False)
     weights = segments[0].bytes_PE[PARTS.index("weights")].max()
     with torch.device("meta"):
         assert weights >= 4 * sum(p.numel() for p in law._build(None).parameters()) > 4 * 70e9
