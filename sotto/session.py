@@ -21,7 +21,7 @@ import torch
 
 from sotto import checkpoint, memory_budget
 from sotto.config import Config
-from sotto.data import LoadedData, PoissonSampler
+from sotto.data import LoadedData, PoissonSampler, require_there
 from sotto.data.load import ledger_id, load_dataset_for
 from sotto.devices import device_of
 from sotto.distributed import Followers, Group
@@ -187,6 +187,8 @@ def start(
     require_one_loop(config)
     require_writable(config)
     _require_board(config)
+    if config.data.eval is not None and carrier is None:
+        require_there(config.data.eval)  # it is read when the budget is spent
     plan = make_plan(config)
     debug = config.run.debug_noise_seed
     directions_key = new_key() if debug is None else hashlib.blake2b(f"directions {debug}".encode()).hexdigest()[:32]
@@ -206,6 +208,7 @@ def start(
     check_gradients(session)
     report = json.dumps(parts.data.report.to_dict(), indent=2)
     private_files = {"secrets.json": json.dumps(secret), "data_report.json": report, SETTLED: settle(config)}
+    made = not session.run.path.parent.exists()
     session.run.create(config, plan.to_dict() | {DIRECTIONS: directions_key}, private_files)
     try:
         session.held.enter_context(session.run.locked())
@@ -213,6 +216,9 @@ def start(
     except BaseException:
         session.held.close()
         shutil.rmtree(session.run.path, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                session.run.path.parent.rmdir()
         raise
     return _led(session, group, directions_key, secret["data"])
 
@@ -235,6 +241,8 @@ def _open_budget(session: Session, secret: dict[str, Any]) -> LedgerBudget | NoB
     plan, run_id = session.plan, session.run.id
     if not plan.private:
         return NoBudget()
+    if not secret["elsewhere"] and not Ledger.exists(secret["ledger"]):
+        require_one_name(secret["ledger"], session.data.fingerprint)  # before a file of that name is made
     ledger = Ledger.open(secret["ledger"])
     known = run_id in ledger.runs
     require_known_steps(session.run, session.step, ledger)

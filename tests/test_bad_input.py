@@ -88,6 +88,12 @@ def test_a_missing_data_file(sotto: Shell, tmp_path: Path) -> None:
     assert str(tmp_path / "notes.csv") in message
 
 
+def test_a_missing_held_out_file_is_noticed_before_the_budget_is_spent(sotto: Shell, tmp_path: Path) -> None:
+    message = sotto.refuses("train", tiny_runs.write_yaml(tmp_path, data={"eval": str(tmp_path / "held_out.csv")}))
+    assert message.startswith("SOT200")
+    assert "held_out.csv" in message
+
+
 @pytest.mark.parametrize(
     ("key", "wrong", "right"), [("text", "txet", "text"), ("label", "lable", "label")], ids=["text", "label"]
 )

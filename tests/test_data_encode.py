@@ -204,6 +204,16 @@ def test_generation_needs_an_end_token_and_room():
     assert caught.value.code == "SOT221"
 
 
+@pytest.mark.parametrize(("pair", "least"), [(False, 3), (True, 5)])
+def test_a_length_that_leaves_nothing_of_a_text(pair: bool, least: int):
+    tokenizer = tiny_tokenizer("<s> $A </s>", "<s>:0 $A:0 [SEP]:0 $B:1 </s>:1")
+    rows = table(text=["w0 w1 w2"], other=["w3 w4"], label=["yes"])
+    section = CLASSES.model_copy(update={"text_pair": "other" if pair else None, "max_length": least - 1})
+    with pytest.raises(SottoError, match=f"(?s)SOT221.*set it to {least} or more"):
+        encode(rows, section, tokenizer, None)
+    assert len(encode(rows, section.model_copy(update={"max_length": least}), tokenizer, None)[0]) == 1
+
+
 def test_nothing_usable_gives_no_examples():
     for section, columns in ((PLAIN, {}), (CLASSES, {"label": ["no"]})):
         examples, bad = encode(table(text=[" "], **columns), section, tiny_tokenizer(), None)

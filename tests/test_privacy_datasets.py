@@ -27,6 +27,7 @@ def test_the_same_texts_under_a_second_name_are_refused(tmp_path: Path, first: s
     with pytest.raises(SottoError, match="SOT417") as caught:
         sotto.train(named(second))
     assert len(sotto.ls(tmp_path / "runs")) == 1, "nothing is left of it"
+    assert len([*ledger_dir().glob("*.jsonl")]) == 1, "nor of its ledger"
     old = str(caught.value).rpartition("privacy.dataset: ")[2].strip()
     again = sotto.train(named(old))
     assert json.loads((again.path / "privacy.json").read_text())["dataset_runs"] == 2, "the advice leads there"

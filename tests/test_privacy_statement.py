@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -105,6 +106,23 @@ def test_numbers_are_rounded_up(value: float, shown: str) -> None:
     assert accounting.round_up(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(52.1428, "52.2"), (52.2, "52.3"), (1.0, "1"), (2980.96, "2,990"), (99.95, "100"), (2.0e9 + 1, "2.01e+9"),
+     (0.01234, "0.0124"), (float("inf"), "infinite")],
+)  # fmt: skip
+def test_what_is_said_to_be_at_most_is_rounded_up(value: float, shown: str) -> None:
+    """52.2 as a float lies above 52.2, so even that goes up."""
+    assert accounting.round_up_figures(value) == shown
+
+
+def test_the_odds_of_the_promise_are_not_below_those_of_epsilon(plan: Plan) -> None:
+    for epsilon in (0.3, 2.951, 3.953987, 8.0):
+        said = statement.promise(dataclasses.replace(statement.earned(plan, 40, 40, 0.0, 1), epsilon=epsilon))
+        (odds,) = re.findall(r"at most (\S+) times other odds", said)
+        assert math.exp(epsilon) <= float(odds.replace(",", "")) < 1.01 * math.exp(epsilon)
+
+
 def test_attackers_bound_is_proven_and_not_trivial(plan: Plan) -> None:
     guarantee = statement.earned(plan, 40, 40, 0.0, 1)
     found = guarantee.detection_rate(0.01)
@@ -140,7 +158,7 @@ def test_every_number_of_the_statement_is_what_was_earned(unit: str, most: int, 
     text = " ".join(statement.text(guarantee).split())
     for part in (
         f"trained so that {words} has little influence",
-        f"at most {math.exp(epsilon):.3g} times other odds",
+        f"at most {accounting.round_up_figures(math.exp(epsilon))} times other odds",
         f"except with probability {made.delta:g}.",
         f"epsilon {shown} (an upper bound, rounded up; budget 3)",
         f"protected unit {unit}: {words}",

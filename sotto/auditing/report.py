@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sotto.auditing.bounds import LowerBound
+from sotto.privacy.accounting import round_up
 
 CERTAINTY = 0.9999
 
@@ -49,7 +50,7 @@ class AuditReport:
         """As text for a terminal."""
         lines = [
             f"attack           {self.attack}",
-            f"promised         epsilon at most {self.claimed:.3f}   (delta {self.delta:g})",
+            f"promised         epsilon at most {round_up(self.claimed)}   (delta {self.delta:g})",
             f"attacked         epsilon at least {self.lower:.3f}   ({self.confidence:.0%} confidence)",
         ]
         for bound in self.bounds:

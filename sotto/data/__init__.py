@@ -10,7 +10,7 @@ from sotto.data.checks import BadRows, DataReport, check
 from sotto.data.encode import encode
 from sotto.data.examples import Examples
 from sotto.data.load import LoadedData, fingerprint, has_eval, ledger_id, load_dataset_for
-from sotto.data.records import BadRow, Table, read_table
+from sotto.data.records import BadRow, Table, read_table, require_there
 from sotto.data.sampling import PoissonSampler, microbatches
 from sotto.data.units import Units, clean_units
 
@@ -32,4 +32,5 @@ __all__ = [
     "load_dataset_for",
     "microbatches",
     "read_table",
+    "require_there",
 ]

@@ -110,6 +110,13 @@ def _classification(
     assert section.text is not None
     assert section.label is not None
     columns = [table.columns[c] for c in (section.text, section.text_pair) if c]
+    special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
+    if section.max_length < special + len(columns):
+        raise SottoError(
+            "SOT221", what=f"data.max_length is {section.max_length}", where="data.max_length",
+            why=f"the tokenizer adds {special} tokens of its own, so nothing of a text would be left",
+            fix=f"set it to {special + len(columns)} or more; 128 is usual",
+        )  # fmt: skip
     typed = "token_type_ids" in tokenizer.model_input_names
 
     def tokenise(batch: list[int], **options: Any) -> list[tuple[Ids, Ids]]:

@@ -161,11 +161,24 @@ def _open(section: DataSection, path: str, split: str, columns: list[str]) -> tu
         return formats.read_parquet(local, columns), str(local)
     if exists:
         raise _unknown_format(path)
-    looks_like_file = suffix in (*TEXT_READERS, ".parquet", ".txt", ".gz", ".zip", ".xlsx") or local.is_absolute()
-    # A name in a folder that is here is a misspelt file. Asking the Hub for it would take long, and tell it the name.
-    if looks_like_file or not HUB_NAME.match(path) or ("/" in path and local.parent.is_dir()):
+    if _names_a_file(path, local):
         raise _missing(local)
     return formats.read_hub(path, section.subset, split, columns), f"{path} ({split})"
+
+
+def require_there(path: str) -> None:
+    """Raises SOT200 for a file that is not there, without reading one that is. A Hub dataset is not asked for."""
+    local = Path(path).expanduser()
+    if not local.exists() and _names_a_file(path, local):
+        raise _missing(local)
+
+
+def _names_a_file(path: str, local: Path) -> bool:
+    """Whether what is not there was meant to be a file, and not a dataset of the Hub."""
+    suffixes = (*TEXT_READERS, ".parquet", ".txt", ".gz", ".zip", ".xlsx")
+    # A name in a folder that is here is a misspelt file. Asking the Hub for it would take long, and tell it the name.
+    in_a_folder = "/" in path and local.parent.is_dir()
+    return local.suffix.lower() in suffixes or local.is_absolute() or not HUB_NAME.match(path) or in_a_folder
 
 
 def _documents(folder: Path) -> list[Path]:

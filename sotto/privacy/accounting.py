@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from decimal import ROUND_CEILING, Context
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
@@ -336,6 +337,14 @@ def round_up(value: float, digits: int = 3) -> str:
         return "infinite"
     scale = 10**digits
     return f"{math.ceil(value * scale) / scale:.{digits}f}"
+
+
+def round_up_figures(value: float, figures: int = 3) -> str:
+    """So many significant figures, never below the value: what is said to be "at most" may not be rounded down."""
+    if not math.isfinite(value):
+        return "infinite"
+    shown = Context(prec=figures, rounding=ROUND_CEILING).create_decimal_from_float(value)
+    return f"{shown:,f}" if shown < 10**6 else f"{shown:.{figures - 1}e}"
 
 
 def suggest_delta(num_units: int) -> float:

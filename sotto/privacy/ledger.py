@@ -105,6 +105,11 @@ class Ledger:
         ledger.refresh()
         return ledger
 
+    @staticmethod
+    def exists(dataset_id: str) -> bool:
+        """Whether anything was written for this dataset."""
+        return (ledger_dir() / f"{dataset_id}.jsonl").exists()
+
     def refresh(self) -> None:
         """Reads what other processes have appended since."""
         with self._chain.locked():

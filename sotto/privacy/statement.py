@@ -131,10 +131,10 @@ RELEASED = "The final weights, and every intermediate checkpoint, under the same
 
 def promise(guarantee: Guarantee) -> str:
     """The guarantee as one sentence without its terms."""
-    odds = math.exp(min(guarantee.epsilon, 700))
+    odds = accounting.round_up_figures(math.exp(min(guarantee.epsilon, 700)))
     return (
         f"The released model was trained so that {who(guarantee.plan)} has little influence on it: whatever anyone "
-        f"concludes from the model, they would have concluded with at most {odds:.3g} times other odds had that unit "
+        f"concludes from the model, they would have concluded with at most {odds} times other odds had that unit "
         f"not been in the training data{_except(guarantee)}."
     )
 

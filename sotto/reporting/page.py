@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,9 +30,10 @@ from sotto.reporting.charts import Axis, Line, line_chart, round_ticks
 from sotto.rundir import RunDir
 
 TEMPLATE = "page.html.j2"
-ALARMS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Shares of false alarms that an attacker may accept."""
+FEWEST_ALARMS = 0.0001
+"""The least share of false alarms on the chart of what an attacker finds."""
 MOST_AUDIT_BYTES = 1 << 20
+AGAIN = "sotto audit CONFIG --json > audit.json, with the configuration of the run"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def write_report(path: Path, to: Path, audits: tuple[Path, ...] = ()) -> Path:
       audits: what `sotto audit CONFIG --json` printed, to be set beside the promise.
 
     Raises:
-      SottoError: SOT509, the run has not finished; SOT516, its files are damaged; SOT525, an audit cannot be used;
-        SOT503, the page cannot be written.
+      SottoError: SOT509, the run has not finished; SOT516, its files are damaged; SOT525, an audit cannot be used, or
+        is of another configuration; SOT503, the page cannot be written.
     """
     run = RunDir.open(path)
     if not run.finished:
@@ -61,7 +63,10 @@ def write_report(path: Path, to: Path, audits: tuple[Path, ...] = ()) -> Path:
             fix=f"sotto resume {run.path}",
         )  # fmt: skip
     run.verify_model()
-    return save(render(run, run.read_json("privacy.json"), tuple(map(read_audit, audits))), to)
+    read = tuple(read_audit(file) for file in audits)
+    for file, audit in zip(audits, read, strict=True):
+        _require_same_promise(run.plan(), audit, file)
+    return save(render(run, run.read_json("privacy.json"), read), to)
 
 
 def save(html: str, to: Path) -> Path:
@@ -94,6 +99,7 @@ def render(run: RunDir, facts: dict[str, Any], audits: tuple[AuditReport, ...] =
         "recipe": _recipe(config, plan),
         "files": [Fact(name, digest) for name, digest in sorted(run.released().items())],
         "audits": audits,
+        "round_up": round_up,
     }
     if facts["private"]:
         values |= _promised(Guarantee.from_facts(plan, facts), facts)
@@ -160,19 +166,20 @@ def _recipe(config: Config, plan: Plan) -> list[Fact]:
 
 
 def _attack_chart(g: Guarantee) -> str:
-    bound = [(100 * a, 100 * g.detection_rate(a)) for a in ALARMS]
+    alarms = _between(FEWEST_ALARMS, 1.0, 65)  # so close that no chord can be seen to lie below the bound
+    bound = [(100 * a, 100 * g.detection_rate(a)) for a in alarms]
     percent = [(value, f"{value:g}") for value in (0.01, 0.1, 1.0, 10.0, 100.0)]
     return line_chart(
         "Members that an attacker finds, at most, by the false alarms that the attacker accepts",
-        Axis("false alarms, %", 100 * ALARMS[0], 100.0, percent, log=True),
+        Axis("false alarms, %", 100 * FEWEST_ALARMS, 100.0, percent, log=True),
         Axis("members found, at most, %", 0, 100, round_ticks(0, 100)),
-        [Line("", [(100 * a, 100 * a) for a in _between(ALARMS[0], 1.0)], faint=True), Line("", bound)],
+        [Line("", [(100 * a, 100 * a) for a in alarms], faint=True), Line("", bound)],
     )
 
 
 def _steps_chart(g: Guarantee) -> str:
     plan, last = g.plan, max(1, g.steps_charged)
-    steps = sorted({max(1, round(last * share)) for share in (0.02, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)})
+    steps = sorted({1} | {max(1, round(last * share)) for share in (0.02, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)})
     spent = [(0.0, 0.0)] + [
         (
             float(n),
@@ -209,7 +216,7 @@ def _delta_charts(g: Guarantee) -> list[str]:
     ]
 
 
-def _between(low: float, high: float, count: int = 24) -> list[float]:
+def _between(low: float, high: float, count: int) -> list[float]:
     """Numbers in equal ratios, both ends included."""
     return [low * (high / low) ** (n / (count - 1)) for n in range(count)]
 
@@ -232,7 +239,7 @@ def read_audit(file: Path) -> AuditReport:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise SottoError(
             "SOT525", what="this is not a report of an audit", where=str(file), why="the page would show what it says",
-            fix="sotto audit CONFIG --json > audit.json",
+            fix=AGAIN,
         ) from None  # fmt: skip
     if report.attack != "mechanism":
         raise SottoError(
@@ -240,3 +247,16 @@ def read_audit(file: Path) -> AuditReport:
             why="the page is there to be handed over", fix="use an audit of the configuration: it touches no data",
         )  # fmt: skip
     return report
+
+
+def _require_same_promise(plan: Plan, audit: AuditReport, file: Path) -> None:
+    """What was found of one configuration says nothing about the promise of another one. Raises SOT525."""
+    promised = plan.epsilon_after(plan.steps) if plan.private else math.inf
+    delta = 0.0 if plan.pure else plan.delta
+    if audit.delta != delta or not math.isclose(audit.claimed, promised, rel_tol=1e-3):
+        raise SottoError(
+            "SOT525",
+            what=f"the audit is of a promise of epsilon {round_up(audit.claimed)} at delta {audit.delta:g}, which is "
+            "not this run's",
+            where=str(file), why="the page would set it beside the promise of this run", fix=AGAIN,
+        )  # fmt: skip

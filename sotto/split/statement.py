@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sotto.config_split import SplitSetting
-from sotto.privacy.accounting import round_up
+from sotto.privacy.accounting import round_up, round_up_figures
 from sotto.split.metric import Meaning
 
 WIDTH = 100
@@ -126,13 +126,14 @@ def _metric(m: Meaning, setting: SplitSetting) -> str:
         )
         if not setting.layer:
             summed += f"One token in another's place moves the mean by at most 1/{setting.segment} of their distance. "
+    close, median = round_up_figures(m.close_ratio), round_up_figures(m.median_ratio)
     return (
         f"Metric privacy (d_X) with eta {m.eta:g}, {scope}. This is not differential privacy of the text, and eta is "
         f"no epsilon. The noise on a {one} has mean length {m.noise_length:.3g}; the nearest other {one} lies at "
         f"{m.nearest_distance:.3g} (median). After the noise a {one} was still the nearest to its own representation "
-        f"in {m.survival:.1%} of {m.probes:,} trials on {many}. What was sent is at most e^{m.close_ratio:.3g} times "
+        f"in {m.survival:.1%} of {m.probes:,} trials on {many}. What was sent is at most e^{close} times "
         f"likelier under one {one} than under another that is as close as the closest 1 % of pairs (eta times "
-        f"distance), and at most e^{m.median_ratio:.3g} times at the median distance. {summed}Measure what an attacker "
+        f"distance), and at most e^{median} times at the median distance. {summed}Measure what an attacker "
         "recovers with 'sotto audit --split'."
     )
 
