@@ -75,3 +75,11 @@ def exact_counts_are_taken_for_whole_ones(m: pytest.MonkeyPatch) -> None:
         return right(self, shape, std / 2 if name == "count_unclipped" else std, name=name, **rest)
 
     wrapped(m, noises.SecureNoise, "rounded", half)
+
+
+@caught_by(EXACT + "test_rounding_counts_the_numbers_of_all_tensors_together", 13)
+def rounding_counts_for_one_tensor(m: pytest.MonkeyPatch) -> None:
+    """Each tensor is rounded, and the sensitivity grows as if there were one of them."""
+    wrapped(
+        m, mechanisms, "exact_std", lambda right, z, sensitivity, unit, numbers: right(z, sensitivity, unit, 10_000)
+    )
