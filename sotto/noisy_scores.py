@@ -30,6 +30,7 @@ from sotto.data.load import LoadedData, ledger_id, load_dataset_for
 from sotto.evaluation import exported_model, held_out
 from sotto.losses import classification, to_device, token_losses
 from sotto.privacy import accounting
+from sotto.privacy.datasets import require_one_name
 from sotto.privacy.discrete import Below, add_rounded_gaussian
 from sotto.privacy.events import Gaussian
 from sotto.privacy.ledger import Ledger
@@ -49,8 +50,8 @@ def noisy_score(
     """See `sotto.evaluate`. The charge is on the disk before a score is computed, and stays if that fails.
 
     Raises:
-      SottoError: SOT401, epsilon or delta is out of range; SOT414, the budget of the dataset does not allow it; those
-        of reading the data.
+      SottoError: SOT401, epsilon or delta is out of range; SOT414, the budget of the dataset does not allow it; SOT417,
+        it has another name in the ledgers; those of reading the data.
     """
     run = RunDir.open(path)
     config = held_out(run.config(), data)
@@ -67,7 +68,9 @@ def noisy_score(
     )
     given = config.model_copy(update={"data": section})
     loaded = load_dataset_for(given, tokenizer, "train", whole=False)
-    ledger = Ledger.open(ledger_id(given, loaded.fingerprint))
+    dataset = ledger_id(given, loaded.fingerprint)
+    require_one_name(dataset, loaded.fingerprint)
+    ledger = Ledger.open(dataset)
     name = f"score-{run.id}-{secrets.token_hex(4)}"
     ledger.open_run(name, event, 1, delta=delta, neighboring_relation=relation)
     try:

@@ -82,9 +82,7 @@ class LedgerBudget:
     def reserve(self, step: int) -> int | None:
         if self.ledger.reserved(self.run_id) >= self.plan.total_steps:
             return None
-        attempt = self.ledger.attempts(self.run_id, step)
-        self.ledger.reserve(self.run_id, step, self.plan.event)
-        return attempt
+        return self.ledger.reserve(self.run_id, step, self.plan.event)
 
 
 @dataclass

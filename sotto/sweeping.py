@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -165,7 +166,9 @@ def _one(trial: Config, setting: list[str], folder: Path) -> tuple[Path, float]:
     if not run.finished:
         raise KeyboardInterrupt
     scores = commands.evaluate(run.path)
-    return run.path, scores["accuracy"] if "accuracy" in scores else -scores["nats_per_token"]
+    score = scores["accuracy"] if "accuracy" in scores else -scores["nats_per_token"]
+    # The price is that of the best in one order: what is no number has no place in it, and would win if it came first.
+    return run.path, -math.inf if math.isnan(score) else score
 
 
 def _release(

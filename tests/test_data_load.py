@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -77,6 +78,20 @@ def test_units_and_the_contribution_bound(tmp_path, tokenizer):
     assert data.report.to_dict()["bad_rows"] == {"missing unit": {"count": 1, "lines": [7]}}
     assert data.report.rows == 6
     assert data.report.rows_used == 5
+
+
+def test_a_row_that_is_left_out_moves_nobody_to_another_unit(tmp_path, tokenizer):
+    left_out = {1: ("w2", "9", "bob"), 4: ("", "1", "bob")}
+    rows = [("w1", "0", "ann"), left_out[1], ("w3", "1", "cy"), ("w4 w5", "0", "ann"), left_out[4], ("w6", "1", "bob")]
+    path = rows_file(tmp_path / "a.csv", rows)
+    data = load_dataset_for(config(path, unit="who", num_units=3, max_examples_per_unit=2), tokenizer, "train")
+    assert data.report.rows_used == 4
+    examples, found = data.examples, []
+    for unit in range(len(data.units)):
+        members, _ = data.units.members_of(np.array([unit]))
+        ids = [examples.input_ids[examples.offsets[m] : examples.offsets[m + 1]] for m in members]
+        found.append({tokenizer.decode(some, skip_special_tokens=True) for some in ids})
+    assert sorted(found, key=min) == [{"w1", "w4 w5"}, {"w3"}, {"w6"}]
 
 
 def test_the_fingerprint_is_of_the_text(tmp_path, tokenizer):

@@ -20,6 +20,8 @@ from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
 from sotto.evaluation import exported_model
 from sotto.noisy_scores import GRID, SENSITIVITY, release, summed, unit_scores
+from sotto.privacy.datasets import require_one_name
+from sotto.privacy.ledger import Ledger
 
 Z = 1.7
 
@@ -156,6 +158,21 @@ def test_a_noisy_score_is_charged_to_the_data_that_it_is_about(place: dict[str, 
         sotto.evaluate(path, place["held"], epsilon=1.0, delta=1e-4)
     assert caught.value.code == "SOT414"
     assert sotto.ledger(of_held)["total"] == once
+
+
+def test_a_score_is_charged_where_its_texts_are_known_under_a_name(place: dict[str, Any]) -> None:
+    """Else two ledgers would each know a part of what was spent on them."""
+    config, path = place["classification"]
+    model_and_tokenizer = exported_model(path)
+    given = config.model_copy(update={"data": config.data.model_copy(update={"train": place["held"]})})
+    texts = load_dataset_for(given, model_and_tokenizer[1], "train", whole=False).fingerprint
+    require_one_name("clinic.who", texts)
+    named = Ledger.open("clinic.who")
+    named.open_run("earlier", noisy_scores.Gaussian(1.0), 1, delta=1e-5)
+    with pytest.raises(SottoError) as caught:
+        sotto.evaluate(path, place["held"], epsilon=1.0)
+    assert caught.value.code == "SOT417"
+    assert _scores() == [], "nothing was charged, and nothing was computed"
 
 
 def test_with_little_noise_it_is_the_exact_score(place: dict[str, Any]) -> None:

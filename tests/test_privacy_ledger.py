@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,17 @@ def damaged(ledger: Ledger, code="SOT411") -> SottoError:
         reopen(ledger)
     assert caught.value.code == code
     return caught.value
+
+
+def test_no_two_charges_of_a_step_are_told_the_same(ledger):
+    """Two copies of a run's folder go on at once: the same step of both must not draw the same batch."""
+    from sotto.session import LedgerBudget  # not above: the processes of other tests would all import torch
+
+    plan = SimpleNamespace(total_steps=100, event=EVENT)
+    one, other = (LedgerBudget(book, "a", plan) for book in (ledger, reopen(ledger)))
+    assert [budget.reserve(7) for budget in (one, other, one, one, other)] == [0, 1, 2, 3, 4]
+    assert [budget.reserve(8) for budget in (other, one)] == [0, 1]
+    assert reopen(ledger).reserved("a") == 7
 
 
 def test_counts_survive(ledger):

@@ -112,6 +112,17 @@ def test_large_tensors_are_noised_in_pieces(monkeypatch):
     assert len(noise.unique()) == 2500
 
 
+def test_large_tensors_get_exact_noise_in_every_piece(monkeypatch):
+    monkeypatch.setattr(mechanism_module, "_PIECE", 1000)
+    value = torch.arange(2500.0)
+    for source in (SecureNoise(), DebugNoise(0)):
+        released = GaussianMechanism(1.0, 1.0, source, exact=True).privatize(total({"w": value}), step=0)["w"]
+        first, second, last = (released.double() - value.double()).split(1000)
+        for noise in (first, second, last):
+            assert float(noise.std()) == pytest.approx(1.0, rel=7 / (2 * len(noise)) ** 0.5)
+        assert not (first == second).any()
+
+
 def test_same_debug_noise_same_release():
     runs = [
         GaussianMechanism(1.0, 2.0, DebugNoise(5)).privatize(total({"w": zeros(100)}), step=4)["w"] for _ in range(2)
@@ -159,9 +170,9 @@ def test_private():
 # ---- adaptive: a sum and a count in one release
 
 
-def adaptive(groups: int, share: float = 0.2, divisor: float = 50.0):
+def adaptive(groups: int, share: float = 0.2, divisor: float = 50.0, exact: bool = False):
     clipping = Adaptive(1.0, thresholds=[1.0] * groups)
-    return AdaptiveGaussianMechanism(0.8, divisor, SecureNoise(), clipping, share), clipping
+    return AdaptiveGaussianMechanism(0.8, divisor, SecureNoise(), clipping, share, exact), clipping
 
 
 @pytest.mark.parametrize("groups", [1, 7])
@@ -172,9 +183,10 @@ def test_sum_and_counts_together_cost_what_the_plan_bought(groups):
     assert 1 / z_sum**2 + groups * 0.25 / count_std**2 == pytest.approx(1 / 0.8**2, rel=1e-12)
 
 
-@pytest.mark.parametrize("groups", [1, 7])
-def test_both_parts_get_the_noise_that_was_paid_for(groups):
-    mechanism, clipping = adaptive(groups)
+@pytest.mark.parametrize(("groups", "exact"), [(1, False), (7, False), (1, True)])
+def test_both_parts_get_the_noise_that_was_paid_for(groups, exact):
+    """Exact noise on a count is rounded to halves, which adds about a hundredth to its deviation here."""
+    mechanism, clipping = adaptive(groups, exact=exact)
     sums, fractions = [], []
     norms = torch.rand(30, groups, dtype=torch.float64) * 2
     expected = clipping.count_unclipped(norms) / 50 + 0.5
@@ -183,7 +195,7 @@ def test_both_parts_get_the_noise_that_was_paid_for(groups):
         fractions.append(fraction_G - expected)
 
     clipping.follow = record
-    for step in range(400 if groups > 1 else 2500):
+    for step in range(400 if groups > 1 else 1000 if exact else 2500):
         batch = ClippedSum({"w": zeros(400)}, norms, 2.0)
         sums.append(mechanism.privatize(batch, step)["w"])
     noise, noise_of_counts = torch.cat(sums).double(), torch.cat(fractions)

@@ -185,6 +185,21 @@ def test_rounding_is_part_of_the_sensitivity(numbers: int) -> None:
         assert z * (c + unit * numbers**0.5) <= std * unit <= z * (c + unit * (numbers**0.5 + 1.001))
 
 
+def test_rounding_counts_the_numbers_of_all_tensors_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def rounded(self: Any, shape: Any, std: float, **where: Any) -> torch.Tensor:
+        asked.append(std)
+        return torch.zeros(shape, dtype=torch.float64)
+
+    monkeypatch.setattr(SecureNoise, "rounded", rounded)
+    gradients = {f"w{i}": torch.zeros(10_000) for i in range(9)}
+    exact(0.8, 1.0, SecureNoise()).privatize(ClippedSum(gradients, torch.zeros(0, 1), 1.0), 0)
+    unit = grid(1.0, GRID_BITS)
+    assert 0.8 * (1.0 + unit * 300) <= min(asked) * unit <= max(asked) * unit <= 0.8 * (1.0 + unit * 302)
+    assert len(asked) == 9
+
+
 def test_neighbouring_sums_stay_within_it_once_they_are_rounded() -> None:
     """Also where every number is rounded apart: the twin, which counts the sensitivity alone, is refuted."""
     sensitivity, numbers = 1.0, 4096

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from statistics import NormalDist
 
 import pytest
 
@@ -57,6 +58,8 @@ def test_the_plan_accounts_for_the_noise_the_relation_and_the_delta_that_it_name
     assert made.unamplified_epsilon == accounting.epsilon_without_amplification(
         made.noise_multiplier, 3, 1e-6, relation
     )
+    renyi = accounting.epsilon(made.noise_multiplier, 80 / 1275, made.steps, 1e-6, accountant="rdp")
+    assert made.rdp_epsilon == (renyi if relation == "add_or_remove_one" else None)
     assert all(made.frontier([e])[0].noise_multiplier > 0.99 * made.noise_multiplier for e in (1.0, 3.0))
 
 
@@ -83,6 +86,14 @@ def test_redone_steps_are_charged(plan: Plan) -> None:
     again = statement.earned(plan, 40, 41, 0.0, 1)
     assert again.epsilon > once.epsilon
     assert "1 step(s) were lost and done again" in statement.text(again)
+    # 40 steps of 80 in 1,275 are three passes over the data, 48 are four.
+    known = [accounting.epsilon_without_amplification(plan.noise_multiplier, n, plan.delta) for n in (3, 4)]
+    many = statement.earned(plan, 40, 48, 0.0, 1)
+    assert [once.unamplified_epsilon, many.unamplified_epsilon] == known
+    assert f"order known to the attacker, epsilon would be {accounting.round_up(known[1])}." in " ".join(
+        statement.text(many).split()
+    )
+    assert statement.machine_readable(many, {})["epsilon_without_amplification"] == known[1]
     assert "lost" not in statement.text(once).split("HOW")[1].split("THIS DATASET")[0]
 
 
@@ -154,7 +165,11 @@ def test_every_number_of_the_statement_is_what_was_earned(unit: str, most: int, 
     made = make_plan(config(unit=unit, max_examples_per_unit=most, neighboring_relation=relation))
     guarantee = statement.earned(made, 38, 41, 2.5 + made.epsilon_after(41), 3)
     epsilon = accounting.epsilon(made.noise_multiplier, made.sampling_prob, 41, made.delta, relation)
-    shown = accounting.round_up(epsilon)
+    shown, mu, found = accounting.round_up(epsilon), guarantee.mu, guarantee.detection_rate(0.01)
+    normal = NormalDist()  # the Gaussian mechanism of this mu has this epsilon at this delta (Balle and Wang 2018)
+    unamplified = accounting.epsilon_without_amplification(made.noise_multiplier, 3, made.delta, relation)
+    lost = normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
+    assert lost == pytest.approx(made.delta, rel=1e-4)
     text = " ".join(statement.text(guarantee).split())
     for part in (
         f"trained so that {words} has little influence",
@@ -163,10 +178,13 @@ def test_every_number_of_the_statement_is_what_was_earned(unit: str, most: int, 
         f"epsilon {shown} (an upper bound, rounded up; budget 3)",
         f"protected unit {unit}: {words}",
         f"({relation})",
+        f"of this epsilon and delta has mu {accounting.round_up(mu)} ",
+        f"at most {accounting.round_up(100 * found, 1)} % of members are found",
         f"Each of 38 steps drew every unit independently with probability {made.sampling_prob:.6g}",
         f"noise of {made.noise_multiplier:.6g} times that norm",
         "3 step(s) were lost and done again; they are charged twice (41 in all)",
         f"(3 in the ledger) epsilon is {accounting.round_up(2.5 + epsilon)}.",
+        f"for passes in an order known to the attacker, epsilon would be {accounting.round_up(unamplified)}.",
     ):
         assert part in text, part
     facts = statement.machine_readable(guarantee, {})
@@ -180,6 +198,14 @@ def test_every_number_of_the_statement_is_what_was_earned(unit: str, most: int, 
     )
     assert (facts["neighboring_relation"], facts["delta"], facts["num_units"]) == (relation, made.delta, 1275)
     assert (facts["noise_multiplier"], facts["sampling_prob"]) == (made.noise_multiplier, 80 / 1275)
+    assert mu <= facts["equivalent_gdp_mu"] < mu + 2e-6
+    assert found <= facts["members_found_at_1_percent_false_alarms"] < found + 2e-6
+    assert facts["epsilon_without_amplification"] == unamplified
+    for exact in (False, True):
+        other = dataclasses.replace(guarantee, plan=dataclasses.replace(made, exact_noise=exact))
+        assert statement.machine_readable(other, {})["exact_noise"] is exact
+        assert ("as exact integers on a public grid" in " ".join(statement.text(other).split())) is exact
+        assert (statement.FLOAT_NOISE in statement.text(other)) is not exact
 
 
 def test_text_names_everything(plan: Plan) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import tiny_runs
 
 import sotto
-from sotto import cli, sweeping
+from sotto import cli, commands, session, sweeping
 from sotto.errors import SottoError
 from sotto.privacy import accounting, selection
 from sotto.privacy.accounting import PoissonGaussian
@@ -158,6 +159,26 @@ def test_a_sweep_releases_one_model_and_deletes_the_rest(tmp_path: Path, monkeyp
     # The dataset pays for all trials.
     (book,) = (Path(p) for p in Path(sotto.privacy.ledger.ledger_dir()).glob("*.jsonl"))
     assert len(Ledger.open(book.stem).runs) == 3
+
+
+def test_a_score_that_is_no_number_never_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The price is that of the best in one order. What has no place in it would win wherever it came first."""
+    made, released, priced = config(tmp_path), list[Path](), SimpleNamespace(event=EVENT)
+    planned = sweeping.SweepPlan([[]], 5.0, "geometric", 1.0, 1e-5, 1.0, 1.0)
+    monkeypatch.setattr(sweeping, "plan_sweep", lambda *arguments: (planned, made))
+    monkeypatch.setattr(sweeping, "make_plan", lambda config: priced)
+    nats = {"a": math.nan, "b": 3.0, "c": math.nan, "d": 2.0, "e": 4.0}
+    trials = iter(nats)
+    monkeypatch.setattr(selection, "draw_trials", lambda mean, law: len(nats))
+    monkeypatch.setattr(session, "start", lambda *arguments, **options: None)
+    monkeypatch.setattr(
+        commands, "run_session", lambda *arguments: SimpleNamespace(finished=True, path=Path(next(trials)))
+    )
+    monkeypatch.setattr(commands, "evaluate", lambda path: {"nats_per_token": nats[str(path)]})
+    monkeypatch.setattr(sweeping.RunDir, "open", lambda path: SimpleNamespace(plan=lambda: priced))
+    monkeypatch.setattr(sweeping, "_release", lambda planned, path, *rest: (released.append(path), {}))
+    sweeping.sweep(made, OVER, public_eval=True)
+    assert released == [Path("d")]
 
 
 def test_what_is_released_does_not_tell_how_many_trials_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

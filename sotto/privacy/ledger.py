@@ -167,8 +167,12 @@ class Ledger:
                 **({"whole": True} if whole else {}),
             )
 
-    def reserve(self, run_id: str, step: int, event: Event) -> None:
+    def reserve(self, run_id: str, step: int, event: Event) -> int:
         """Charges one step. Returns when the charge is on the disk: only then may the step read any data.
+
+        Returns:
+          How often this step was charged before, by whatever process: no two charges get the same answer, so none of
+          them draws what another one drew.
 
         Raises:
           BudgetExceeded: SOT415, the run has no planned step left.
@@ -188,7 +192,9 @@ class Ledger:
                     "the run's epsilon",
                     fix="end the run here, or start a new run with more run.spare_steps",
                 )
+            before = run.attempts.get(step, 0)
             self._chain.append(file, kind="reserve", run=run_id, step=step, event=event.to_dict())
+        return before
 
     def close_run(self, run_id: str) -> None:
         """Says that the run reserves no more steps, which frees what it had planned and not used. May be repeated.

@@ -135,6 +135,14 @@ class Plan:
         """The epsilon of `steps` steps at another delta (PLD, an upper bound)."""
         return accounting.composed_epsilon([(self.event, steps)], delta, self.neighboring_relation, precision=precision)
 
+    def unamplified_after(self, steps: int) -> float:
+        """The epsilon of as many passes over the data, in an order that the attacker knows, as `steps` steps make."""
+        passes = math.ceil(steps * self.sampling_prob)
+        if self.pure:
+            return accounting.pure_epsilon([(PoissonLaplace(self.noise_multiplier, 1.0), passes)])
+        relation = self.neighboring_relation
+        return accounting.epsilon_without_amplification(self.noise_multiplier, passes, self.delta, relation)
+
     def frontier(self, epsilon: tuple[float, ...] | list[float] = EPSILONS) -> list[Alternative]:
         """The noise for other budgets, all else equal."""
         return [
@@ -182,14 +190,12 @@ def make_plan(config: Config) -> Plan:
     privacy, run = config.privacy, config.stepping
     sampling_prob = config.sampling_prob
     relation = privacy.neighboring_relation
-    noise, planned, rdp, unamplified = 0.0, None, None, None
+    noise, planned, rdp = 0.0, None, None
     counted = config.steps + (config.spare_steps if run.patience else 0)
     if privacy.epsilon != "none" and config.method.laplace:
         paid = config.steps + config.spare_steps
         noise = accounting.laplace_noise_multiplier(privacy.epsilon, sampling_prob, paid)
         planned = accounting.pure_epsilon([(PoissonLaplace(noise, sampling_prob), counted)])
-        passes = math.ceil(counted * sampling_prob)
-        unamplified = accounting.pure_epsilon([(PoissonLaplace(noise, 1.0), passes)])
     elif privacy.epsilon != "none":
         noise = accounting.noise_multiplier(
             epsilon=privacy.epsilon,
@@ -202,9 +208,7 @@ def make_plan(config: Config) -> Plan:
         planned = min(accounting.epsilon(*arguments, neighboring_relation=relation), privacy.epsilon)
         if relation == "add_or_remove_one":
             rdp = accounting.epsilon(*arguments, accountant="rdp")
-        passes = math.ceil(counted * sampling_prob)
-        unamplified = accounting.epsilon_without_amplification(noise, passes, privacy.delta, relation)
-    return Plan(
+    plan = Plan(
         unit=privacy.unit,
         num_units=privacy.num_units,
         max_examples_per_unit=privacy.max_examples_per_unit,
@@ -220,7 +224,7 @@ def make_plan(config: Config) -> Plan:
         noise_multiplier=noise,
         planned_epsilon=planned,
         rdp_epsilon=rdp,
-        unamplified_epsilon=unamplified,
+        unamplified_epsilon=None,
         not_private=config.not_private,
         layerwise=config.method.gradient == "layerwise",
         probes=config.method.probes,
@@ -234,6 +238,7 @@ def make_plan(config: Config) -> Plan:
         setting=federated_facts(config),
         result=_result(config),
     )
+    return plan if planned is None else dataclasses.replace(plan, unamplified_epsilon=plan.unamplified_after(counted))
 
 
 def federated_facts(config: Config) -> dict[str, Any] | None:

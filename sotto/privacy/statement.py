@@ -70,6 +70,11 @@ class Guarantee:
         return self.plan.epsilon_at(self.steps_charged, self.plan.delta) if self.plan.pure else self.epsilon
 
     @property
+    def unamplified_epsilon(self) -> float:
+        """What is left without amplification by sampling, of every step that was paid for."""
+        return self.plan.unamplified_after(self.steps_charged)
+
+    @property
     def adversaries(self) -> list[Adversary]:
         """Against whom a federated run protects, and how far; empty for a central one."""
         return adversaries(self.plan, self.epsilon, self.steps_charged) if self.plan.setting else []
@@ -149,7 +154,7 @@ def how(guarantee: Guarantee) -> str:
         f"{' as exact integers on a public grid' if plan.exact_noise else ''}, and divided by the "
         f"constant {plan.expected_batch_size:,}. {_accounting(plan)} Without "
         "amplification by sampling, for passes in an order known to the attacker, epsilon would be "
-        f"{_or_dash(plan.unamplified_epsilon)}."
+        f"{accounting.round_up(g.unamplified_epsilon)}."
     )
 
 
@@ -314,7 +319,7 @@ def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str
         "layerwise": plan.layerwise,
         "numbers_released_per_step": plan.probes * plan.parts or None,
         "expected_batch_size": plan.expected_batch_size,
-        "epsilon_without_amplification": plan.unamplified_epsilon,
+        "epsilon_without_amplification": g.unamplified_epsilon,
         "dataset_epsilon": None if (total := g.dataset_epsilon) is None else float(accounting.round_up(total, 6)),
         "dataset_runs": g.dataset_runs,
         "released": "final weights and all checkpoints",

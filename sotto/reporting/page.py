@@ -142,7 +142,7 @@ def _terms(g: Guarantee) -> list[Fact]:
         *also,
         Fact("for comparison", f"a Gaussian mechanism of this epsilon and delta has mu {round_up(g.mu)}"),
         Fact("Renyi accounting", "not available" if plan.rdp_epsilon is None else round_up(plan.rdp_epsilon)),
-        Fact("without amplification by sampling", round_up(plan.unamplified_epsilon or 0.0)),
+        Fact("without amplification by sampling", round_up(g.unamplified_epsilon)),
         Fact("noise multiplier", f"{plan.noise_multiplier:.6g} ({plan.noise})"),
         Fact("sampling probability", f"{plan.sampling_prob:.6g}, each unit by itself (Poisson)"),
         Fact("steps", f"{g.steps_taken:,} taken, {g.steps_charged:,} charged"),

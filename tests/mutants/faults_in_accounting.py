@@ -402,3 +402,51 @@ def the_optimizers_state_is_believed(m: pytest.MonkeyPatch) -> None:
 def a_second_name_is_a_second_dataset(m: pytest.MonkeyPatch) -> None:
     """The same texts begin with an empty ledger as soon as they are called something else."""
     m.setattr(sessions, "require_one_name", lambda *args: None)
+
+
+@caught_by("test_privacy_ledger.py::test_no_two_charges_of_a_step_are_told_the_same", 1)
+def two_copies_of_a_run_draw_the_same_batch(m: pytest.MonkeyPatch) -> None:
+    """How often a step was charged is looked up before the charge, and another process may come in between."""
+
+    def reserve(right: Any, self: LedgerBudget, step: int) -> int | None:
+        attempt = self.ledger.attempts(self.run_id, step)
+        return None if right(self, step) is None else attempt
+
+    wrapped(m, LedgerBudget, "reserve", reserve)
+
+
+@caught_by("test_privacy_statement.py::test_redone_steps_are_charged", 24)
+def passes_that_were_made_again_are_forgotten(m: pytest.MonkeyPatch) -> None:
+    """Epsilon without amplification is that of the planned steps."""
+    m.setattr(statement.Guarantee, "unamplified_epsilon", property(lambda self: self.plan.unamplified_epsilon))
+
+
+STATED = "test_privacy_statement.py::test_every_number_of_the_statement_is_what_was_earned["
+
+
+@caught_by(STATED, 24)
+def mu_is_that_of_another_delta(m: pytest.MonkeyPatch) -> None:
+    """A mechanism that is compared with the run hides more than it does."""
+    right = statement.accounting
+    changed = {"gdp_mu": lambda epsilon, delta: right.gdp_mu(epsilon, delta / 10)}
+    m.setattr(statement, "accounting", SimpleNamespace(**{**vars(right), **changed}))
+
+
+@caught_by(STATED, 13)
+def noise_is_called_exact_that_is_not(m: pytest.MonkeyPatch) -> None:
+    """Machines read that releases are integers on a grid, of a run whose noise is made of floats."""
+    wrapped(m, statement, "machine_readable", lambda right, *args: {**right(*args), "exact_noise": True})
+
+
+@caught_by(
+    "test_privacy_statement.py::test_the_plan_accounts_for_the_noise_the_relation_and_the_delta_that_it_names[add", 24
+)
+def the_number_of_another_accountant_is_for_another_delta(m: pytest.MonkeyPatch) -> None:
+    """Renyi accounting, which stands beside epsilon to be compared with other tools."""
+    right = plans.accounting
+
+    def epsilon(noise: float, prob: float, steps: int, delta: float, *rest: Any, **options: Any) -> float:
+        delta *= 10 if options.get("accountant") == "rdp" else 1
+        return right.epsilon(noise, prob, steps, delta, *rest, **options)
+
+    m.setattr(plans, "accounting", SimpleNamespace(**{**vars(right), "epsilon": epsilon}))

@@ -55,3 +55,31 @@ def the_key_for_exact_noise_is_ignored(m: pytest.MonkeyPatch) -> None:
         return right(config, dataclasses.replace(plan, exact_noise=False), clipping)
 
     wrapped(m, sessions, "make_mechanism", mechanism)
+
+
+@caught_by("test_privacy_mechanism.py::test_large_tensors_get_exact_noise_in_every_piece", 9)
+def exact_noise_for_the_first_piece_alone(m: pytest.MonkeyPatch) -> None:
+    """What lies beyond the first eight million numbers of a tensor is released as it is."""
+
+    def first(right: Any, self: Any, *args: Any, name: str, **rest: Any) -> Any:
+        return right(self, *args, name=name, **rest) * name.endswith("[0]")
+
+    wrapped(m, noises.SecureNoise, "rounded", first)
+
+
+@caught_by("test_privacy_mechanism.py::test_both_parts_get_the_noise_that_was_paid_for[1-True]", 19)
+def exact_counts_are_taken_for_whole_ones(m: pytest.MonkeyPatch) -> None:
+    """Counts are halves, and their noise, drawn in units of a half, has half of its deviation."""
+
+    def half(right: Any, self: Any, shape: Any, std: float, *, name: str, **rest: Any) -> Any:
+        return right(self, shape, std / 2 if name == "count_unclipped" else std, name=name, **rest)
+
+    wrapped(m, noises.SecureNoise, "rounded", half)
+
+
+@caught_by(EXACT + "test_rounding_counts_the_numbers_of_all_tensors_together", 13)
+def rounding_counts_for_one_tensor(m: pytest.MonkeyPatch) -> None:
+    """Each tensor is rounded, and the sensitivity grows as if there were one of them."""
+    wrapped(
+        m, mechanisms, "exact_std", lambda right, z, sensitivity, unit, numbers: right(z, sensitivity, unit, 10_000)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,3 +61,19 @@ def a_score_is_calibrated_for_removal(m: pytest.MonkeyPatch) -> None:
         "composed_epsilon": lambda events, delta, _: right.composed_epsilon(events, delta),
     }
     m.setattr(noisy_scores, "accounting", SimpleNamespace(**{**vars(right), **changed}))
+
+
+@caught_by("test_noisy_scores.py::test_a_score_is_charged_where_its_texts_are_known_under_a_name", 20)
+def a_score_knows_no_names_of_datasets(m: pytest.MonkeyPatch) -> None:
+    """What was charged to the same texts under a name of theirs is in another ledger."""
+    m.setattr(noisy_scores, "require_one_name", lambda *args: None)
+
+
+@caught_by("test_sweep.py::test_a_score_that_is_no_number_never_wins", 24)
+def what_is_no_number_wins_where_it_comes_first(m: pytest.MonkeyPatch) -> None:
+    """Nothing is larger than it: the price is that of a choice in one order, and this is none."""
+    wrapped(m, sweeping, "_one", lambda right, *args: (lambda path, score: (path, nan_again(score)))(*right(*args)))
+
+
+def nan_again(score: float) -> float:
+    return math.nan if score == -math.inf else score
