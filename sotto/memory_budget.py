@@ -5,6 +5,7 @@ The microbatch is performance alone. It never changes the batch that is drawn, t
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -168,7 +169,8 @@ def _rows(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[MethodRow]:
     done, left = 1, len(jobs) - 1
     workers = min(workers, left)
     if workers > 1 and (time.monotonic() - begun) * left > PATIENCE:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told to all of them: one alone has something to say
+        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, quiet) as pool:
             try:
                 for row in pool.map(_row, *zip(*jobs[1:], strict=True)):
                     yield row
