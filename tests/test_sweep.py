@@ -20,7 +20,7 @@ from scipy import stats
 import sotto
 from sotto import cli, commands, session, sweeping
 from sotto.errors import SottoError
-from sotto.privacy import accounting, selection
+from sotto.privacy import accounting, selection, statement
 from sotto.privacy.accounting import PoissonGaussian
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.plan import make_plan
@@ -162,6 +162,26 @@ def test_a_sweep_releases_one_model_and_deletes_the_rest(tmp_path: Path, monkeyp
     # The dataset pays for all trials.
     (book,) = (Path(p) for p in Path(sotto.privacy.ledger.ledger_dir()).glob("*.jsonl"))
     assert len(Ledger.open(book.stem).runs) == 3
+
+
+def test_every_number_of_a_sweeps_statement_is_that_of_the_choice(tmp_path: Path):
+    plan = make_plan(config(tmp_path))
+    planned = sweeping.SweepPlan([["x=1"], ["x=2"]], 7.0, "logarithmic", 3.2001, 2e-6, 1.5, plan.noise_multiplier)
+    words = " ".join(sweeping.text(planned, plan, ["x=2"]).split())
+    for part in (
+        "epsilon 3.201 (an upper bound, rounded up)",
+        "delta 2e-06",
+        f"protected unit who: {statement.who(plan)}",
+        "drawn from a logarithmic law of mean 7 ",
+        "drawn from 2 settings. The released one: x=2.",
+        f"of {plan.steps} steps with noise multiplier {plan.noise_multiplier:.6g} and sampling probability "
+        f"{plan.sampling_prob:.6g}, costs epsilon 1.500.",
+    ):
+        assert part in words, part
+    trial = statement.machine_readable(statement.earned(plan, plan.steps, plan.steps, 9.0, 3), {})
+    facts = sweeping._facts(planned, trial)
+    assert (facts["epsilon"], facts["delta"], facts["selection"]["mean_trials"]) == (3.2001, 2e-6, 7.0)
+    assert not [key for key in facts if "dataset" in key or "charged" in key or "mu" in key.split("_")]
 
 
 def mocked(monkeypatch: pytest.MonkeyPatch, settings: list[list[str]], trials: int) -> tuple[list[Any], list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -112,3 +113,13 @@ def the_number_of_trials_follows_a_seed(m: pytest.MonkeyPatch) -> None:
 def the_number_of_trials_is_fixed(m: pytest.MonkeyPatch) -> None:
     """Always the median: a fixed number has no bound but that of all trials together."""
     wrapped(m, sweeping.selection, "draw_trials", lambda right, mean, law: right(mean, law, 0.5))
+
+
+@caught_by("test_sweep.py::test_every_number_of_a_sweeps_statement_is_that_of_the_choice", 24)
+def a_sweep_states_the_price_of_one_trial(m: pytest.MonkeyPatch) -> None:
+    """The epsilon above the statement is that of the training which was released, as if it had been the only one."""
+
+    def of_one(right: Any, planned: sweeping.SweepPlan, *rest: Any) -> str:
+        return right(dataclasses.replace(planned, epsilon=planned.trial_epsilon), *rest)
+
+    wrapped(m, sweeping, "text", of_one)
