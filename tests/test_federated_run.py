@@ -17,7 +17,7 @@ from sotto import cli, training
 from sotto import session as sessions
 from sotto.errors import SottoError
 from sotto.federated.simulate import simulate
-from sotto.privacy import accounting
+from sotto.privacy import accounting, statement
 from sotto.privacy.adversaries import adversaries
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.noise import SecureNoise
@@ -429,6 +429,14 @@ def test_numbers_of_all_adversaries_are_of_the_relation_of_the_run(noise: dict[s
     )
     numbers = [[a.epsilon for a in adversaries(plan, 1.0, 4)[1:]] for plan in (replaced, half)]
     assert numbers[0] == pytest.approx(numbers[1], rel=2e-3)
+
+
+def test_rounds_that_were_done_again_count_against_every_adversary(tmp_path: Path):
+    plan = make_plan(config(tmp_path, setting={"noise": "clients"}))
+    stated = statement.earned(plan, 4, 5, 0.0, 1)
+    assert [a.epsilon for a in stated.adversaries] == [a.epsilon for a in adversaries(plan, stated.epsilon, 5)]
+    taken = [a.epsilon or 0.0 for a in adversaries(plan, plan.epsilon_after(4), 4)]
+    assert all((a.epsilon or 0.0) > epsilon for a, epsilon in zip(stated.adversaries, taken, strict=True))
 
 
 def test_with_a_bound_that_rises_numbers_along_directions_rise_with_it(tmp_path: Path):

@@ -18,7 +18,7 @@ import pytest
 
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.privacy import accounting, chain
-from sotto.privacy.accounting import PoissonGaussian
+from sotto.privacy.accounting import Gaussian, PoissonGaussian
 from sotto.privacy.ledger import Ledger, ledger_dir
 
 EVENT = PoissonGaussian(1.0, 0.01)
@@ -100,6 +100,29 @@ def test_a_run_reserves_no_more_than_it_announced(ledger):
         ledger.reserve("a", 100, EVENT)
     assert caught.value.code == "SOT415"
     assert reopen(ledger).reserved("a") == 100
+
+
+def test_a_step_that_is_done_again_is_one_of_those_that_were_announced(ledger):
+    for _ in range(100):
+        ledger.reserve("a", 0, EVENT)
+    with pytest.raises(BudgetExceeded) as caught:
+        ledger.reserve("a", 0, EVENT)
+    assert caught.value.code == "SOT415"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_runs_with_different_noise_add_up_as_they_are(tmp_path, order):
+    """Without sampling the total is known: 7 releases at noise 4 and 3 at noise 9 are one at noise 1 / mu."""
+    ledger = Ledger.open("notes", tmp_path)
+    for run, noise, count in (("a", 4.0, 7), ("b", 9.0, 3))[::order]:
+        ledger.open_run(run, Gaussian(noise), 10, delta=1e-5, neighboring_relation="replace_one")
+        for _ in range(count):
+            ledger.reserve(run, 0, Gaussian(noise))
+    mu = (7 / 16 + 3 / 81) ** 0.5
+    for relation, distance in (("add_or_remove_one", 1.0), ("replace_one", 2.0)):
+        whole = accounting.composed_epsilon([(Gaussian(1 / (distance * mu)), 1)], 1e-5)
+        assert ledger.spent(1e-5, relation) == pytest.approx(whole, rel=1e-9)
+        assert reopen(ledger).spent(1e-5, relation) == pytest.approx(whole, rel=1e-9)
 
 
 def test_misuse(ledger):

@@ -6,13 +6,18 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sotto import finish
 from sotto.config import Config
 from sotto.errors import SottoError
 from sotto.privacy import accounting, statement
+from sotto.privacy.ledger import Ledger
 from sotto.privacy.plan import Plan, make_plan
 from sotto.reporting import card, plan_text
 
@@ -99,6 +104,21 @@ def test_redone_steps_are_charged(plan: Plan) -> None:
 
 def test_dataset_total_is_never_below_the_run(plan: Plan) -> None:
     assert statement.earned(plan, 40, 40, 0.5, 2).dataset_epsilon >= plan.epsilon_after(40)
+
+
+def test_the_total_of_a_dataset_is_at_the_delta_and_in_the_relation_of_the_run(tmp_path: Path) -> None:
+    made = dataclasses.replace(make_plan(config(neighboring_relation="replace_one")), sampling_prob=1.0)
+    book = Ledger.open("notes", tmp_path)
+    for run in ("earlier", "this"):
+        book.open_run(run, made.event, 9, delta=made.delta, neighboring_relation="replace_one")
+        for step in range(9):
+            book.reserve(run, step, made.event)
+    session: Any = SimpleNamespace(plan=made, step=9, run=SimpleNamespace(id="this"))
+    found = finish._guarantee(session, SimpleNamespace(ledger=book))  # type: ignore[arg-type]
+    mu = 2 * 18**0.5 / made.noise_multiplier  # without sampling, and for two sums that are twice as far apart
+    whole = accounting.composed_epsilon([(accounting.Gaussian(1 / mu), 1)], made.delta)
+    assert found.dataset_epsilon == pytest.approx(whole, rel=1e-9)
+    assert (found.dataset_runs, found.steps_charged) == (2, 9)
 
 
 def test_no_statement_without_a_guarantee() -> None:

@@ -447,14 +447,17 @@ def test_what_a_crash_left_half_written_is_cleared_away(tmp_path: Path) -> None:
 
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:
+    """Other labels, and the same texts dealt out to other people."""
     run = stopped_after(tmp_path, 3, **REAL)
-    table = tiny_runs.rows()
-    table[7]["label"] = "good" if table[7]["label"] != "good" else "bad"
-    tiny_runs.write_csv(tmp_path / "notes.csv", table)
-    with pytest.raises(SottoError) as caught:
-        sotto.resume(run)
-    assert caught.value.code == "SOT507"
-    assert record(run).reserved == 3
+    changed, dealt = tiny_runs.rows(), tiny_runs.rows()
+    changed[7]["label"] = "good" if changed[7]["label"] != "good" else "bad"
+    dealt[7]["who"] = next(row["who"] for row in dealt if row["who"] != dealt[7]["who"])
+    for table in (changed, dealt):
+        tiny_runs.write_csv(tmp_path / "notes.csv", table)
+        with pytest.raises(SottoError) as caught:
+            sotto.resume(run)
+        assert caught.value.code == "SOT507"
+        assert record(run).reserved == 3
     tiny_runs.write_csv(tmp_path / "notes.csv")
     check_the_bill(sotto.resume(run).path)
 

@@ -204,6 +204,29 @@ def test_the_noise_that_leaves_has_the_calibrated_deviation() -> None:
         assert float(drawn.std()) * wrong != pytest.approx(1.0, rel=spread)
 
 
+def test_rows_behind_the_end_of_a_text_have_the_same_noise() -> None:
+    """Else anyone could see how long it is."""
+    mechanism = GaussianRelease.calibrated(12, False, 1.0, 2.0, 1e-5)
+    short = batch((1,) * 500)
+    left = mechanism.release(short, SecureNoise(), 0)
+    assert left.lengths_B.tolist() == [12] * 500
+    noise = (left.rows.double().view(500, 12, WIDTH) - mechanism.clipped(short)) / mechanism.std
+    for rows in (noise[:, :1], noise[:, 1:]):
+        assert float(rows.std()) == pytest.approx(1.0, rel=7 / math.sqrt(2 * rows.numel()))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_what_leaves_is_rounded_once_after_the_noise(pooled: bool) -> None:
+    """No bit of a text survives from a rounding of its own."""
+    mechanism = GaussianRelease(1 if pooled else 5, pooled, 3.0, 0.7)
+    given = batch((5,) * 200)
+    clipped = mechanism.clipped(given)
+    noise = DebugNoise(4).normal(clipped.shape, 0.7, step=0, name="rows", device=clipped.device)
+    left = mechanism.release(given, DebugNoise(4), 0).rows
+    assert torch.equal(left, (clipped + noise).flatten(0, 1).half())
+    assert not torch.equal(left, (clipped.half() + noise.half()).flatten(0, 1)), "the twin"
+
+
 def test_a_broken_bottom_is_noticed_before_anything_leaves() -> None:
     given = batch()
     assert given.hidden_BTn is not None

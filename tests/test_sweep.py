@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import stat
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_runs
+from scipy import stats
 
 import sotto
 from sotto import cli, commands, session, sweeping
 from sotto.errors import SottoError
-from sotto.privacy import accounting, selection
+from sotto.privacy import accounting, selection, statement
 from sotto.privacy.accounting import PoissonGaussian
 from sotto.privacy.ledger import Ledger
 from sotto.privacy.plan import make_plan
@@ -161,24 +164,80 @@ def test_a_sweep_releases_one_model_and_deletes_the_rest(tmp_path: Path, monkeyp
     assert len(Ledger.open(book.stem).runs) == 3
 
 
+def test_every_number_of_a_sweeps_statement_is_that_of_the_choice(tmp_path: Path):
+    plan = make_plan(config(tmp_path))
+    planned = sweeping.SweepPlan([["x=1"], ["x=2"]], 7.0, "logarithmic", 3.2001, 2e-6, 1.5, plan.noise_multiplier)
+    words = " ".join(sweeping.text(planned, plan, ["x=2"]).split())
+    for part in (
+        "epsilon 3.201 (an upper bound, rounded up)",
+        "delta 2e-06",
+        f"protected unit who: {statement.who(plan)}",
+        "drawn from a logarithmic law of mean 7 ",
+        "drawn from 2 settings. The released one: x=2.",
+        f"of {plan.steps} steps with noise multiplier {plan.noise_multiplier:.6g} and sampling probability "
+        f"{plan.sampling_prob:.6g}, costs epsilon 1.500.",
+    ):
+        assert part in words, part
+    trial = statement.machine_readable(statement.earned(plan, plan.steps, plan.steps, 9.0, 3), {})
+    facts = sweeping._facts(planned, trial)
+    assert (facts["epsilon"], facts["delta"], facts["selection"]["mean_trials"]) == (3.2001, 2e-6, 7.0)
+    assert not [key for key in facts if "dataset" in key or "charged" in key or "mu" in key.split("_")]
+
+
+def mocked(monkeypatch: pytest.MonkeyPatch, settings: list[list[str]], trials: int) -> tuple[list[Any], list[Path]]:
+    """A sweep that trains nothing. Returns what numbers of trials it asks for, and what it will release."""
+    asked, released, priced = list[Any](), list[Path](), SimpleNamespace(event=EVENT)
+    planned = sweeping.SweepPlan(settings, 5.0, "geometric", 1.0, 1e-5, 1.0, 1.0)
+    monkeypatch.setattr(sweeping, "plan_sweep", lambda made, *rest: (planned, made))
+    monkeypatch.setattr(sweeping, "make_plan", lambda config: priced)
+    monkeypatch.setattr(sweeping.RunDir, "open", lambda path: SimpleNamespace(plan=lambda: priced))
+    monkeypatch.setattr(sweeping, "_release", lambda planned, path, *rest: (released.append(path), {}))
+    monkeypatch.setattr(selection, "draw_trials", lambda *of: asked.append(of) or trials)
+    return asked, released
+
+
 def test_a_score_that_is_no_number_never_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The price is that of the best in one order. What has no place in it would win wherever it came first."""
-    made, released, priced = config(tmp_path), list[Path](), SimpleNamespace(event=EVENT)
-    planned = sweeping.SweepPlan([[]], 5.0, "geometric", 1.0, 1e-5, 1.0, 1.0)
-    monkeypatch.setattr(sweeping, "plan_sweep", lambda *arguments: (planned, made))
-    monkeypatch.setattr(sweeping, "make_plan", lambda config: priced)
     nats = {"a": math.nan, "b": 3.0, "c": math.nan, "d": 2.0, "e": 4.0}
+    _, released = mocked(monkeypatch, [[]], len(nats))
     trials = iter(nats)
-    monkeypatch.setattr(selection, "draw_trials", lambda mean, law: len(nats))
     monkeypatch.setattr(session, "start", lambda *arguments, **options: None)
     monkeypatch.setattr(
         commands, "run_session", lambda *arguments: SimpleNamespace(finished=True, path=Path(next(trials)))
     )
     monkeypatch.setattr(commands, "evaluate", lambda path: {"nats_per_token": nats[str(path)]})
-    monkeypatch.setattr(sweeping.RunDir, "open", lambda path: SimpleNamespace(plan=lambda: priced))
-    monkeypatch.setattr(sweeping, "_release", lambda planned, path, *rest: (released.append(path), {}))
-    sweeping.sweep(made, OVER, public_eval=True)
+    sweeping.sweep(config(tmp_path), OVER, public_eval=True)
     assert released == [Path("d")]
+
+
+def test_trials_are_as_many_as_were_priced_and_each_draws_its_setting_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The theorem is about independent draws of one thing. Settings that took turns would be others."""
+    asked, _ = mocked(monkeypatch, [["a"], ["b"], ["c"], ["d"]], 2000)
+    seen: list[str] = []
+    monkeypatch.setattr(sweeping, "_one", lambda trial, setting, folder: (Path(seen.append(setting[0]) or "x"), 0.0))
+    for _ in range(2):
+        sweeping.sweep(config(tmp_path), OVER, 7.0, "logarithmic", public_eval=True)
+    assert asked == [(7.0, "logarithmic")] * 2
+    assert seen[:2000] != seen[2000:]
+    alone, pairs = Counter(seen), Counter(itertools.pairwise(seen))
+    assert stats.chisquare([alone[s] for s in "abcd"]).pvalue > 1e-6
+    assert stats.chisquare([pairs[s, t] for s in "abcd" for t in "abcd"]).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("law", ["geometric", "logarithmic"])
+def test_the_number_of_trials_is_drawn_by_the_operating_system(law: Any):
+    """A number that somebody could know, or that is always the same, has no bound."""
+    draws = []
+    for _ in range(2):
+        random.seed(0)
+        draws.append([selection.draw_trials(4.0, law) for _ in range(2000)])
+    assert draws[0] != draws[1]
+    first = (np.array(draws) == 1).mean()
+    p = selection.logarithmic_parameter(4.0)
+    assert first == pytest.approx(0.25 if law == "geometric" else p / -math.log1p(-p), abs=7 * 0.5 / 4000**0.5)
+    assert np.mean(draws) == pytest.approx(4.0, rel=0.25)
 
 
 def test_what_is_released_does_not_tell_how_many_trials_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from mutant import caught_by, wrapped
 
-from sotto import checkpoint, sweeping
+from sotto import checkpoint, finish, sweeping
 from sotto import session as sessions
 from sotto.data import load
 from sotto.evaluation import score_examples
 from sotto.privacy import accounting, bounds, chain, statement
 from sotto.privacy import plan as plans
 from sotto.privacy.events import Gaussian, PoissonGaussian
-from sotto.privacy.ledger import Ledger
+from sotto.privacy.ledger import Ledger, RunRecord
 from sotto.session import LedgerBudget
 from sotto.stopping import StopRule
 
@@ -450,3 +450,57 @@ def the_number_of_another_accountant_is_for_another_delta(m: pytest.MonkeyPatch)
         return right.epsilon(noise, prob, steps, delta, *rest, **options)
 
     m.setattr(plans, "accounting", SimpleNamespace(**{**vars(right), "epsilon": epsilon}))
+
+
+@caught_by("test_privacy_ledger.py::test_a_step_that_is_done_again_is_one_of_those_that_were_announced", 18)
+def steps_that_are_done_again_are_not_among_the_announced(m: pytest.MonkeyPatch) -> None:
+    """The ledger ends a run by the number of different steps."""
+    m.setattr(RunRecord, "left", property(lambda self: max(self.planned - len(self.attempts), 0)))
+
+
+@caught_by("test_privacy_ledger.py::test_runs_with_different_noise_add_up_as_they_are[1]", 20)
+def all_runs_have_the_noise_of_the_last_one(m: pytest.MonkeyPatch) -> None:
+    """What was charged is one number of steps."""
+
+    def events(right: Any, self: Ledger) -> Any:
+        found = right(self)
+        return [(found[-1][0], sum(count for _, count in found))] if found else found
+
+    wrapped(m, Ledger, "events", events)
+
+
+@caught_by("test_privacy_ledger.py::test_runs_with_different_noise_add_up_as_they_are[-1]", 24)
+def the_total_of_a_dataset_is_that_of_removal(m: pytest.MonkeyPatch) -> None:
+    """Whatever relation was asked for."""
+    wrapped(m, Ledger, "spent", lambda right, self, delta, relation="": right(self, delta))
+
+
+@caught_by("test_privacy_statement.py::test_the_total_of_a_dataset_is_at_the_delta_and_in_the_relation_of_the_run", 24)
+def a_statement_asks_the_ledger_for_removal(m: pytest.MonkeyPatch) -> None:
+    """The run replaces units, and the total over the data is that of taking one away."""
+
+    def guarantee(right: Any, session: Any, budget: Any) -> Any:
+        book = budget.ledger
+        asked = {"runs": book.runs, "charged": book.charged, "secretive": book.secretive}
+        return right(
+            session, SimpleNamespace(ledger=SimpleNamespace(**asked, spent=lambda delta, _: book.spent(delta)))
+        )
+
+    wrapped(m, finish, "_guarantee", guarantee)
+
+
+@caught_by("test_federated_run.py::test_rounds_that_were_done_again_count_against_every_adversary", 18)
+def adversaries_see_the_rounds_that_were_taken(m: pytest.MonkeyPatch) -> None:
+    """A round that was lost in a crash had been sent all the same."""
+
+    def seen(self: statement.Guarantee) -> Any:
+        return statement.adversaries(self.plan, self.epsilon, self.steps_taken)
+
+    m.setattr(statement.Guarantee, "adversaries", property(seen))
+
+
+@caught_by("test_resume.py::test_changed_data_is_refused", 22)
+def people_may_change_their_texts_in_the_middle_of_a_run(m: pytest.MonkeyPatch) -> None:
+    """The tokens are compared when a run goes on, and whose they are is not."""
+    nobody = SimpleNamespace(offsets=None, members=None)
+    wrapped(m, sessions, "digest", lambda right, data: right(SimpleNamespace(examples=data.examples, units=nobody)))

@@ -179,3 +179,28 @@ def kept_labels_go_along(m: pytest.MonkeyPatch) -> None:
 def eta_is_stated_as_epsilon(m: pytest.MonkeyPatch) -> None:
     """Metric privacy in the words of differential privacy."""
     m.setattr(statement, "_metric", lambda found, *rest: f"epsilon {found.eta:g}, delta 1e-05")
+
+
+@caught_by("test_split_privatizers.py::test_rows_behind_the_end_of_a_text_have_the_same_noise", 9)
+def rows_that_hold_nothing_have_no_noise(m: pytest.MonkeyPatch) -> None:
+    """Zeros behind the end of a text say where it ends."""
+
+    def release(right: Any, self: GaussianRelease, batch: Any, *rest: Any) -> Any:
+        left = right(self, batch, *rest)
+        left.rows[(self.clipped(batch) == 0).flatten(0, 1)] = 0.0
+        return left
+
+    wrapped(m, GaussianRelease, "release", release)
+
+
+@caught_by("test_split_privatizers.py::test_what_leaves_is_rounded_once_after_the_noise[True]", 12)
+def noise_is_added_in_half_precision(m: pytest.MonkeyPatch) -> None:
+    """Text and noise are each rounded for the way, and then added."""
+
+    def release(self: GaussianRelease, batch: Any, noise: Any, step: int) -> Any:
+        clipped = self.clipped(batch)
+        drawn = noise.normal(tuple(clipped.shape), self.std, step=step, name="rows", device=clipped.device)
+        lengths = torch.full((len(clipped),), self.rows)
+        return privatizers.Released(lengths, (clipped.half() + drawn.half()).flatten(0, 1))
+
+    m.setattr(GaussianRelease, "release", release)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import random
+import secrets
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,3 +81,45 @@ def what_is_no_number_wins_where_it_comes_first(m: pytest.MonkeyPatch) -> None:
 
 def nan_again(score: float) -> float:
     return math.nan if score == -math.inf else score
+
+
+ANEW = "test_sweep.py::test_trials_are_as_many_as_were_priced_and_each_draws_its_setting_anew"
+BY_THE_SYSTEM = "test_sweep.py::test_the_number_of_trials_is_drawn_by_the_operating_system["
+
+
+@caught_by(ANEW, 20)
+def twice_as_many_trials_as_were_priced(m: pytest.MonkeyPatch) -> None:
+    """The law that is drawn from has another mean than the one that was accounted for."""
+    right = sweeping.selection
+    changed = {"draw_trials": lambda mean, *rest: right.draw_trials(2 * mean, *rest)}
+    m.setattr(sweeping, "selection", SimpleNamespace(**{**vars(right), **changed}))
+
+
+@caught_by(ANEW, 24)
+def settings_take_turns(m: pytest.MonkeyPatch) -> None:
+    """Every setting is tried about as often as any other: the trials are no independent draws."""
+    turn = itertools.count()
+    system = SimpleNamespace(choice=lambda values: values[next(turn) % len(values)])
+    m.setattr(sweeping, "secrets", SimpleNamespace(SystemRandom=lambda: system, token_hex=secrets.token_hex))
+
+
+@caught_by(BY_THE_SYSTEM + "geometric", 14)
+def the_number_of_trials_follows_a_seed(m: pytest.MonkeyPatch) -> None:
+    """Of Python's own generator, which anybody may have set."""
+    m.setattr(sweeping.selection, "secrets", SimpleNamespace(SystemRandom=lambda: random))
+
+
+@caught_by(BY_THE_SYSTEM + "logarithmic", 20)
+def the_number_of_trials_is_fixed(m: pytest.MonkeyPatch) -> None:
+    """Always the median: a fixed number has no bound but that of all trials together."""
+    wrapped(m, sweeping.selection, "draw_trials", lambda right, mean, law: right(mean, law, 0.5))
+
+
+@caught_by("test_sweep.py::test_every_number_of_a_sweeps_statement_is_that_of_the_choice", 24)
+def a_sweep_states_the_price_of_one_trial(m: pytest.MonkeyPatch) -> None:
+    """The epsilon above the statement is that of the training which was released, as if it had been the only one."""
+
+    def of_one(right: Any, planned: sweeping.SweepPlan, *rest: Any) -> str:
+        return right(dataclasses.replace(planned, epsilon=planned.trial_epsilon), *rest)
+
+    wrapped(m, sweeping, "text", of_one)
