@@ -27,6 +27,7 @@ from sotto.privacy.bounds import (
     FINE,
     gaussian_epsilon,
     gaussian_mu,
+    least_noise,
     normalise,
     rdp_bound,
     upper_bound,
@@ -175,11 +176,11 @@ def noise_multiplier(
         return safe
     # Central limit theorem (Bu et al. 2020, arXiv:1911.11607): where to look first, never a bound.
     guess = min(1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps)), safe)
-    coarse, slope = _least(lambda sigma: spent(sigma, COARSE, refine=False), target, guess, safe, _SLACK["coarse"])
+    coarse, slope = least_noise(lambda sigma: spent(sigma, COARSE, refine=False), target, guess, safe, _SLACK["coarse"])
     if precision == "coarse":
         return coarse
     guess = coarse * (1 - _SLACK["coarse"] / slope)
-    return _least(lambda sigma: spent(sigma, tolerance), target, guess, safe, _SLACK["fine"], slope)[0]
+    return least_noise(lambda sigma: spent(sigma, tolerance), target, guess, safe, _SLACK["fine"], slope)[0]
 
 
 def pure_epsilon(events: Sequence[tuple[Event, int]]) -> float:
@@ -214,37 +215,6 @@ def laplace_noise_multiplier(epsilon: float, sampling_prob: float, steps: int) -
     while pure_epsilon([(PoissonLaplace(scale, float(sampling_prob)), steps)]) > epsilon:
         scale *= 1 + 1e-12
     return scale
-
-
-def _least(
-    spent: Callable[[float], float], target: float, guess: float, safe: float, slack: float, slope: float = 2.5
-) -> tuple[float, float]:
-    """A `sigma` <= `safe` with `spent(sigma)` in [target * (1 - slack), target], and how steeply `spent` falls there.
-
-    `safe` is known to be within the target, and is not tried. `slope` is minus the slope of log spent over log sigma,
-    as guessed: one step of Newton's method from each value, with the slope between the last two, inside a bracket.
-    Stops also when the bracket is narrower than `slack`; returns its safe end.
-    """
-    low, high = 0.0, safe
-    sigma, aim = min(guess, safe), math.log(target) + math.log1p(-slack / 2)
-    before: tuple[float, float] | None = None
-    for attempt in range(200):
-        value = spent(sigma)
-        if value <= target:
-            high = sigma
-        else:
-            low = sigma
-        if target * (1 - slack) <= value <= target or high <= low * (1 + slack / 4):
-            break
-        step = math.nan
-        if 0 < value < math.inf:
-            point = (math.log(sigma), math.log(value))
-            if before is not None and before[0] != point[0]:
-                slope = min(max((before[1] - point[1]) / (point[0] - before[0]), 0.5), 20.0)
-            step, before = sigma * math.exp(min(max((point[1] - aim) / slope, -1.0), 1.0)), point
-        middle = math.sqrt(low * high) if low else high / 2
-        sigma = step if low < step < high and attempt % 8 != 7 else middle  # nan is not inside
-    return high, slope
 
 
 def max_steps(

@@ -25,6 +25,7 @@ import functools
 import importlib
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from sotto.errors import SottoError
@@ -141,6 +142,37 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         else:
             high = middle
     return low * (1 - 1e-11)
+
+
+def least_noise(
+    spent: Callable[[float], float], target: float, guess: float, safe: float, slack: float, slope: float = 2.5
+) -> tuple[float, float]:
+    """A `sigma` <= `safe` with `spent(sigma)` in [target * (1 - slack), target], and how steeply `spent` falls there.
+
+    `safe` is known to be within the target, and is not tried. `slope` is minus the slope of log spent over log sigma,
+    as guessed: one step of Newton's method from each value, with the slope between the last two, inside a bracket.
+    Stops also when the bracket is narrower than `slack`; returns its safe end.
+    """
+    low, high = 0.0, safe
+    sigma, aim = min(guess, safe), math.log(target) + math.log1p(-slack / 2)
+    before: tuple[float, float] | None = None
+    for attempt in range(200):
+        value = spent(sigma)
+        if value <= target:
+            high = sigma
+        else:
+            low = sigma
+        if target * (1 - slack) <= value <= target or high <= low * (1 + slack / 4):
+            break
+        step = math.nan
+        if 0 < value < math.inf:
+            point = (math.log(sigma), math.log(value))
+            if before is not None and before[0] != point[0]:
+                slope = min(max((before[1] - point[1]) / (point[0] - before[0]), 0.5), 20.0)
+            step, before = sigma * math.exp(min(max((point[1] - aim) / slope, -1.0), 1.0)), point
+        middle = math.sqrt(low * high) if low else high / 2
+        sigma = step if low < step < high and attempt % 8 != 7 else middle  # nan is not inside
+    return high, slope
 
 
 def selection_bound(event: Event, steps: int, delta: float, mean: float, shape: float) -> float:

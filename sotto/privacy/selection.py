@@ -18,7 +18,7 @@ from typing import Literal
 
 from sotto.errors import SottoError
 from sotto.privacy.accounting import PoissonGaussian
-from sotto.privacy.bounds import selection_bound
+from sotto.privacy.bounds import least_noise, selection_bound
 from sotto.privacy.events import check_number
 
 Law = Literal["geometric", "logarithmic"]
@@ -52,19 +52,13 @@ def noise_multiplier(
     """
     check_number("epsilon", target, above=0)
 
-    def fits(sigma: float) -> bool:
-        return epsilon(PoissonGaussian(sigma, float(sampling_prob)), steps, delta, mean, law) <= target
+    def spent(sigma: float) -> float:
+        return epsilon(PoissonGaussian(sigma, float(sampling_prob)), steps, delta, mean, law)
 
-    high = 1.0
-    while not fits(high):
-        high *= 2
-    low = high / 2
-    while fits(low):
-        low, high = low / 2, low
-    while high > low * (1 + 1e-4):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    safe = 1.0
+    while spent(safe) > target:
+        safe *= 2
+    return least_noise(spent, target, 0.7 * safe, safe, 2e-4)[0]
 
 
 def draw_trials(mean: float, law: Law = "geometric", uniform: float | None = None) -> int:

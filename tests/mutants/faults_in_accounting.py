@@ -94,7 +94,7 @@ def noise_is_rounded_down(m: pytest.MonkeyPatch) -> None:
         sigma, slope = right(*args)
         return math.floor(sigma * 100) / 100, slope
 
-    wrapped(m, accounting, "_least", rounded)
+    wrapped(m, accounting, "least_noise", rounded)
 
 
 @caught_by("test_privacy_statement.py::test_numbers_are_rounded_up[3.00001", 24)
