@@ -194,3 +194,18 @@ def private_text_passes_for_public(m: pytest.MonkeyPatch) -> None:
 def a_site_keeps_its_sampling_key(m: pytest.MonkeyPatch) -> None:
     """A round that is asked for twice draws the same units twice, and whoever has the key knows all of them."""
     m.setattr(site.secrets, "token_bytes", lambda size: bytes(range(size)))
+
+
+@caught_by("test_federated_core.py::test_the_bound_is_on_what_leaves_and_not_on_what_is_encoded", 26)
+def an_update_is_bounded_before_it_is_encoded(m: pytest.MonkeyPatch) -> None:
+    """What the codec makes of it may be longer, and the user's own share of noise is for the bound."""
+
+    def answer(right: Any, self: clients.Client, order: Any, user: int, *rest: Any) -> Any:
+        compute = self._compute
+        self._compute = lambda *of: clients.bounded(compute(*of), order.clip_norm)
+        try:
+            return right(self, dataclasses.replace(order, clip_norm=1e9), user, *rest)
+        finally:
+            self._compute = compute
+
+    wrapped(m, clients.Client, "answer", answer)
