@@ -99,6 +99,24 @@ def test_bounds_fail_no_more_often_than_they_say(mu: float):
     assert twin >= 60 or mu < 1
 
 
+@pytest.mark.parametrize(("members", "others"), [(20_000, 40), (40, 20_000)])
+def test_bounds_hold_where_one_kind_of_scores_is_few(members: int, others: int):
+    """As above: then all of the doubt is about the noise, or all of it about what members add."""
+    generator, truth, wrong = np.random.default_rng(members), gaussian_epsilon(1.0), [0, 0]
+    for _ in range(80):
+        inside, outside = generator.normal(1, 1, members), generator.normal(0, 1, others)
+        wrong[0] += bounds.sampled_gaussian(inside, outside, 1, 1.0, DELTA, 0.9).epsilon > truth
+        wrong[1] += gaussian(inside, outside, 0.5, DELTA, 0.9).epsilon > truth
+    assert max(wrong) <= 22
+
+
+def test_what_delta_allows_proves_no_epsilon():
+    """Publishing one unit in ten outright is (0, 0.1)-DP, and at a smaller delta it has no epsilon."""
+    inside, outside = (np.arange(4000) % 20 < 2).astype(float), np.zeros(4000)
+    assert clopper_pearson(inside, outside, 0.1).epsilon == 0.0
+    assert clopper_pearson(inside, outside, 0.01).epsilon > 2.0
+
+
 @pytest.mark.parametrize(("scale", "steps", "sampling_prob"), [(0.25, 1, 1.0), (2.0, 20, 0.3), (4.0, 50, 0.2)])
 def test_the_bound_from_laplace_noise_fails_no_more_often_than_it_says(scale: float, steps: int, sampling_prob: float):
     """As above, at 90 %. The twin has half of the noise that it accounts for, and is nearly always refuted."""

@@ -25,6 +25,7 @@ from sotto.federated.simulate import simulate
 from sotto.federated.subspace import BASIS, Learned, Subspace, top_directions
 from sotto.gradients.clipping import Flat
 from sotto.privacy.noise import DebugNoise, SecureNoise
+from sotto.privacy.plan import make_plan
 
 FEDERATED: dict[str, Any] = {"kind": "federated", "local_batch_size": 2}
 
@@ -192,6 +193,18 @@ def test_a_server_adds_the_shares_of_silent_users_and_not_of_sites(tmp_path: Pat
     sites = shares_for(tiny_runs.config(tmp_path, setting={**FEDERATED, "noise": "clients", "sites": 5}))
     assert sites is not None
     assert sites.most == 0
+
+
+@pytest.mark.parametrize(("sites", "senders"), [(None, 12), (5, 5)])
+def test_the_shares_of_a_run_make_up_the_noise_of_its_plan(tmp_path: Path, sites: int | None, senders: int):
+    """Variances add up: those of the messages that must come are that of the plan, for the bound of the plan."""
+    setting = {**FEDERATED, "noise": "clients", "dropouts": 0.2, "sites": sites}
+    given = tiny_runs.config(tmp_path, setting=setting, method={"clip_norm": 0.3})
+    plan, found = make_plan(given), shares_for(given)
+    assert found is not None
+    assert (found.clip_norm, found.least) == (0.3, int(0.8 * senders))
+    assert found.least * found.std**2 == pytest.approx((plan.noise_multiplier * 0.3) ** 2)
+    assert found.reach == pytest.approx(0.3 if sites is None else 0.3 * tiny_runs.UNITS)
 
 
 def test_a_message_has_its_own_share_of_noise_and_is_right_on_average():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sotto import session as sessions
+from sotto.data.units import Units
 from sotto.errors import SottoError
-from sotto.federated.client import LocalTraining, Order, bounded
+from sotto.federated.client import Client, LocalTraining, Order, bounded
 from sotto.federated.codec import Identity, Srht, cosine, hadamard
 from sotto.federated.cohort import LATENT, Cohort
 from sotto.federated.layout import Layout, model_fingerprint
 from sotto.federated.server import setting_of
+from sotto.federated.shares import Shares
 from sotto.gradients.clipping import Adaptive, Flat
 from sotto.losses import forward_losses
 from sotto.privacy.mechanism import AdaptiveGaussianMechanism, GaussianMechanism
@@ -59,6 +63,20 @@ def test_a_vector_that_is_too_long_is_cut_and_one_that_is_none_is_zero(values: l
     assert torch.isfinite(sent).all()
     assert float(sent.double().norm()) <= 0.7
     assert (float(sent.norm()) > 0.69) == bool(np.isfinite(values).all())
+
+
+def test_the_bound_is_on_what_leaves_and_not_on_what_is_encoded():
+    """A codec may make a vector longer: a projection does, of what lies in its own directions."""
+    codec = Srht(1000, 20, "key")
+    update = codec.decode(torch.eye(20)[3], 0) * 50.0
+    assert float(codec.encode(bounded(update, 1.0), 0).norm()) > 5.0, "the twin"
+    users: Any = SimpleNamespace(units=Units.build(None, 1, 1, 0)[0])
+    order = Order(0, 1.0, {})
+    sent = Client(lambda *of: update, codec, users).answer(order, 0)
+    assert 0.99 < float(sent.double().norm()) <= 1.0
+    shares = Shares(1.0, 1e-4, 1, 1.0)
+    message = Client(lambda *of: update, codec, users, shares, SecureNoise()).answer(order, 0).double() * shares.unit
+    assert float((message - sent.double()).norm()) < 12 * 1e-4 * 20**0.5
 
 
 def test_a_vector_within_the_bound_is_sent_as_it_is():

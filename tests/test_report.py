@@ -18,6 +18,7 @@ import sotto
 from sotto.auditing.bounds import LowerBound
 from sotto.auditing.report import AuditReport
 from sotto.errors import SottoError
+from sotto.privacy.accounting import round_up
 from sotto.privacy.statement import Guarantee
 from sotto.reporting import charts, page
 from sotto.rundir import RunDir
@@ -79,6 +80,16 @@ def test_a_run_ends_with_a_page_that_says_what_its_statement_says(run: Path) -> 
     shown = re.search(r"epsilon ([\d.]+), an upper bound", words.text)
     assert shown is not None
     assert facts["epsilon"] <= float(shown[1]) < facts["epsilon"] + 0.0011
+    above, found = re.search(r"ε ([\d.]+) of a budget", words.text), re.search(r"([\d.]+) % of members", words.text)
+    stated = re.search(r"at most ([\d.]+) % of members", statement)
+    assert above is not None
+    assert found is not None
+    assert stated is not None
+    assert above[1] == shown[1]
+    assert found[1] == stated[1]
+    share = 100 * facts["members_found_at_1_percent_false_alarms"]
+    assert share - 1e-3 <= float(found[1]) < share + 0.11
+    assert f"without amplification by sampling {round_up(facts['epsilon_without_amplification'])}" in words.text
 
 
 def test_a_page_fetches_nothing_and_runs_nothing(run: Path) -> None:

@@ -13,6 +13,7 @@ from mutant import caught_by, wrapped
 
 from sotto import checkpoint, finish, sweeping
 from sotto import session as sessions
+from sotto.auditing import bounds as attacks
 from sotto.data import load
 from sotto.evaluation import score_examples
 from sotto.privacy import accounting, bounds, chain, statement
@@ -504,3 +505,16 @@ def people_may_change_their_texts_in_the_middle_of_a_run(m: pytest.MonkeyPatch) 
     """The tokens are compared when a run goes on, and whose they are is not."""
     nobody = SimpleNamespace(offsets=None, members=None)
     wrapped(m, sessions, "digest", lambda right, data: right(SimpleNamespace(examples=data.examples, units=nobody)))
+
+
+@caught_by("test_auditing.py::test_what_delta_allows_proves_no_epsilon", 24)
+def an_attack_takes_delta_for_epsilon(m: pytest.MonkeyPatch) -> None:
+    """What may happen with probability delta is counted as a proof against epsilon: an audit that cries wolf."""
+    wrapped(m, attacks, "_from_rates", lambda right, a, b, threshold, delta, *rest: right(a, b, threshold, 0.0, *rest))
+
+
+@caught_by("test_auditing.py::test_bounds_hold_where_one_kind_of_scores_is_few[20000", 24)
+def an_attack_takes_the_noise_for_what_it_saw_of_it(m: pytest.MonkeyPatch) -> None:
+    """Forty scores say roughly how strong the noise is, and a bound needs how strong it may be."""
+    chi2 = SimpleNamespace(ppf=lambda probability, freedom: freedom)
+    m.setattr(attacks, "stats", SimpleNamespace(**{**vars(attacks.stats), "chi2": chi2}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from mutant import caught_by, wrapped
 
 from sotto import public_text
 from sotto.federated import client as clients
-from sotto.federated import cohort, device, messages, policy, shares, site
+from sotto.federated import cohort, device, messages, policy, server, shares, site
 from sotto.federated.codec import Srht
 from sotto.federated.cohort import Cohort
 from sotto.federated.policy import Attendance
@@ -194,3 +195,25 @@ def private_text_passes_for_public(m: pytest.MonkeyPatch) -> None:
 def a_site_keeps_its_sampling_key(m: pytest.MonkeyPatch) -> None:
     """A round that is asked for twice draws the same units twice, and whoever has the key knows all of them."""
     m.setattr(site.secrets, "token_bytes", lambda size: bytes(range(size)))
+
+
+@caught_by("test_federated_core.py::test_the_bound_is_on_what_leaves_and_not_on_what_is_encoded", 26)
+def an_update_is_bounded_before_it_is_encoded(m: pytest.MonkeyPatch) -> None:
+    """What the codec makes of it may be longer, and the user's own share of noise is for the bound."""
+
+    def answer(right: Any, self: clients.Client, order: Any, user: int, *rest: Any) -> Any:
+        compute = self._compute
+        self._compute = lambda *of: clients.bounded(compute(*of), order.clip_norm)
+        try:
+            return right(self, dataclasses.replace(order, clip_norm=1e9), user, *rest)
+        finally:
+            self._compute = compute
+
+    wrapped(m, clients.Client, "answer", answer)
+
+
+@caught_by("test_federated_codecs.py::test_the_shares_of_a_run_make_up_the_noise_of_its_plan[None", 25)
+def shares_of_a_run_are_for_another_noise(m: pytest.MonkeyPatch) -> None:
+    """Each share is right for the noise that it is told of, and a run tells of less than its plan has."""
+    less = SimpleNamespace(of=lambda clip_norm, noise, *rest: Shares.of(clip_norm, 0.7 * noise, *rest))
+    m.setattr(server, "Shares", less)

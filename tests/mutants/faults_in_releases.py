@@ -17,7 +17,7 @@ from sotto import session as sessions
 from sotto.data.sampling import PoissonSampler
 from sotto.models import config_json, lora, source
 from sotto.privacy.noise import SecureNoise
-from sotto.reporting import card
+from sotto.reporting import card, page
 
 NEIGHBOUR = "test_replay.py::test_a_neighbouring_dataset_shows_nowhere_in_public[classification-full-flat"
 RELEASED = "test_training.py::test_nothing_private_is_in_what_is_released[classification"
@@ -256,3 +256,14 @@ def the_sampling_key_can_be_read_by_all(m: pytest.MonkeyPatch) -> None:
 def a_seeded_run_has_a_guarantee(m: pytest.MonkeyPatch) -> None:
     """Noise that follows from a stored seed is stated as if nobody knew it."""
     m.setattr("sotto.config.Config.not_private", property(lambda self: None))
+
+
+@caught_by("test_report.py::test_a_run_ends_with_a_page_that_says_what_its_statement_says", 24)
+def a_page_finds_fewer_members_than_the_statement(m: pytest.MonkeyPatch) -> None:
+    """A share is shown where the page says per cent."""
+
+    def promised(right: Any, *args: Any) -> Any:
+        told = right(*args)
+        return {**told, "found": f"{float(told['found']) / 10:.1f}"}
+
+    wrapped(m, page, "_promised", promised)
