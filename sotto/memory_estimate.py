@@ -117,7 +117,7 @@ def estimate(facts: ModelFacts, config: Config, budget: int | None = None) -> Me
     size = config.run.microbatch_size
     if size == "auto":
         room = max(0, RESERVE * budget - fixed)
-        size = max(1, min(LARGEST_MICROBATCH, int(room // per_example)))
+        size = max(1, min(LARGEST_MICROBATCH, int(room // max(1, per_example))))
     return MemoryEstimate(
         weights=weights,
         gradients=4 * trained * 2,  # the sum so far and this microbatch's

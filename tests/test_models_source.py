@@ -347,6 +347,13 @@ def test_unreadable_config(copied, text):
     refused("SOT306", source.inspect, copied)
 
 
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 1e9}}])
+@pytest.mark.parametrize("weights", [True, False])
+def test_more_layers_than_can_be_built(copied, change, weights):
+    edit(copied / "config.json", **change)
+    refused("SOT306", lambda folder: source.inspect(folder, weights=weights), copied)
+
+
 def test_oversized_config(copied):
     (copied / "config.json").write_text(" " * (config_json.MAX_JSON_BYTES + 1))
     refused("SOT306", source.inspect, copied)

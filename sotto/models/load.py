@@ -105,7 +105,7 @@ def build_network(
                 network, report = auto.from_pretrained(
                     str(facts.path), config=config, output_loading_info=True, **options
                 )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
         raise SottoError(
             "SOT314",
             what=f"transformers could not load the model: {type(error).__name__}: {str(error).strip()[:200]}",

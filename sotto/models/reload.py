@@ -94,7 +94,7 @@ def _load_wrapped(facts: ModelFacts, architecture: str) -> nn.Module:
             network, report = wrapper.from_pretrained(
                 str(facts.path), config=config, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
         raise _not_an_export(facts.path, f"{type(error).__name__}: {str(error).strip()[:160]}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         raise _not_an_export(facts.path, f"it lacks the weight {min([*report['missing_keys'], '(other shapes)'])}")

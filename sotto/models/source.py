@@ -29,6 +29,9 @@ _ALIASES = {
     "vocab_size": ("vocab_size",),
     "max_positions": ("max_position_embeddings", "n_positions", "n_ctx"),
 }
+_DEPTHS = (*_ALIASES["num_layers"], "num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+MOST_LAYERS = 1000
+"""More are believed only if there are as many tensors."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ def inspect(path: Path, *, weights: bool = True) -> ModelFacts:
     inner = config.get("text_config")
     layers = [config, inner] if isinstance(inner, dict) else [config]
     numbers = {fact: _number(layers, keys) for fact, keys in _ALIASES.items()}
+    _refuse_endless(layers, max(MOST_LAYERS, len(tensors)), path / "config.json")
     tied = _tied(layers, tensors)
     noted = config.get("sotto")
     return ModelFacts(
@@ -256,6 +260,19 @@ def inspect(path: Path, *, weights: bool = True) -> ModelFacts:
         sotto=noted if isinstance(noted, dict) else {},
         **numbers,
     )
+
+
+def _refuse_endless(layers: Iterable[dict[str, Any]], most: int, file: Path) -> None:
+    """Modules are built layer by layer, before any weight is looked for: a billion of them would take all memory."""
+    for key, value in ((key, layer[key]) for layer in layers for key in _DEPTHS if key in layer):
+        if isinstance(value, int | float) and value > most:
+            raise SottoError(
+                "SOT306",
+                what=f"config.json says {key}: {str(value)[:40]}.",
+                where=f"{file}: {key}",
+                why=f"It would take all memory to build them, and there is no model of more than {most} layers.",
+                fix="Download or copy the model's folder again.",
+            )
 
 
 def _number(layers: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> int:
