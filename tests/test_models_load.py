@@ -225,10 +225,13 @@ def test_no_class_for_the_task(copied):
 
 def test_config_that_describes_no_model(copied):
     folder = copied("bert")
+    sound = (folder / "config.json").read_text()
     edit(folder / "config.json", hidden_size="wide")
     refused("SOT306", loaded, folder, tiny.CLASSIFY)
-    edit(folder / "config.json", hidden_size=33)
-    refused("SOT314", loaded, folder, tiny.CLASSIFY)
+    for wrong in ({"hidden_size": 33}, {"num_attention_heads": 0}, {"vocab_size": 0}):
+        (folder / "config.json").write_text(sound)
+        edit(folder / "config.json", **wrong)
+        refused("SOT314", loaded, folder, tiny.CLASSIFY)
 
 
 class WithBatchNorm(nn.Module):
