@@ -26,8 +26,8 @@ pytestmark = [
 
 UNITS = torch.tensor([5, 3, 5, 9])
 MOST_STEPS = 9
-PATIENT = ("kimi_linear", "longformer", "nemotron_h")
-"""Families whose plain code takes half a minute for a batch of four."""
+PATIENT = ("inkling_text", "kimi_linear", "longformer", "nemotron_h", "t5gemma2")
+"""Families whose plain code takes up to half a minute for a batch of four."""
 
 NO_LORA: dict[tuple[str, str], str] = {
     (

@@ -260,7 +260,7 @@ module.fill(cache, whole, ids_and_mask, rows_at_once=2)
 """
 
 
-@pytest.mark.parametrize("at", [2, 3, 6])
+@pytest.mark.parametrize("at", [2, pytest.param(3, marks=pytest.mark.slow), 6])
 def test_a_kill_costs_what_was_not_marked(at: int, tmp_path: Path):
     """Killed while values are written (2, 6) and while a mark is (3). Four writes finish two rows."""
     whole = with_side("bert")

@@ -283,7 +283,12 @@ def test_runs_on_several_machines_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "train", "kind"), [("bert", "lora", "int8"), ("llama", "side", "int4"), ("gpt2", "reversible", "int8")]
+    ("shape", "train", "kind"),
+    [
+        ("bert", "lora", "int8"),
+        pytest.param("llama", "side", "int4", marks=pytest.mark.slow),
+        pytest.param("gpt2", "reversible", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_the_forecast_is_what_real_tensors_take(tmp_path: Path, shape: str, train: str, kind: str):
     config = config_only(tmp_path, shape, 2, train, "book_keeping")
