@@ -212,7 +212,7 @@ def test_every_canary_has_a_token_of_its_own(tmp_path: Path, kind: str):
 
 
 def test_a_mean_pooled_encoder_gets_new_tokens(tmp_path: Path):
-    report = sotto.audit(tiny_runs.config(tmp_path, model={"pooling": "mean"}), plant=16, kind="new_token")
+    report = sotto.audit(tiny_runs.config(tmp_path, model={"pooling": "mean"}), plant=32, kind="new_token")
     assert not report.bug
     loaded = tiny_runs.config(tmp_path, model={"pooling": "mean"})
     model = models_load.load_model(loaded.model, loaded.data, loaded.method, 0).model
