@@ -31,6 +31,7 @@ from sotto.auditing.split import audit_customer
 from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.privacy.noise import SecureNoise
+from sotto.reporting.charts import round_ticks
 from sotto.split.cache import Inbox, Outbox
 from sotto.split.customer import Customer, load_bottom
 from sotto.split.parts import Bottom
@@ -252,9 +253,10 @@ def plot(points: Sequence[Point]) -> str:
     parts = [f'<rect width="{WIDTH + LEGEND}" height="{HEIGHT}" fill="white"/>']
     for tick in range(11):
         parts.append(f'<text x="{x(tick / 10):.0f}" y="{HEIGHT - 30}" text-anchor="middle">{tick / 10:g}</text>')
-        value = low + tick / 10 * (high - low)
-        parts.append(f'<text x="{MARGIN - 6}" y="{y(value):.0f}" text-anchor="end">{value:.2f}</text>')
-    words = "empirical privacy (open: nearest neighbour; filled: strongest attack), against accuracy; colour: cut"
+    for value, words in round_ticks(100 * low, 100 * high, 8):
+        parts.append(f'<text x="{MARGIN - 6}" y="{y(value / 100) + 3:.0f}" text-anchor="end">{words}</text>')
+    parts.append(f'<text x="10" y="{MARGIN - 30}">accuracy, %</text>')
+    words = "empirical privacy (open: nearest neighbour; filled: strongest attack); colour: cut"
     parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 10}">{words}</text>')
     for number, p in enumerate(points):
         near, best = 1 - p["recovered"]["nearest neighbour"], 1 - max(p["recovered"].values())

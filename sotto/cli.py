@@ -103,7 +103,7 @@ def init(
 
 @app.command()
 def plan(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
-    """Show noise, steps, epsilon, memory and alternatives before any data is touched."""
+    """Show noise, steps, epsilon, memory and alternatives. No data is touched."""
     from sotto import commands
     from sotto.reporting import plan_text
 
@@ -116,7 +116,7 @@ def plan(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def memory(config: ConfigPath, set: Sets = None, as_json: AsJson = False) -> None:
-    """Show what memory every method would need, and the largest microbatch that fits, before anything is read."""
+    """Show what memory every method needs, and what fits. Nothing is read but the model's config.json."""
     from sotto import commands
     from sotto.reporting import memory_text
 
@@ -164,7 +164,7 @@ def sweep(
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it would cost.")] = False,
     set: Sets = None,
 ) -> None:
-    """Train several models and release the best, at a price that covers the choice."""
+    """Train several models and release the best. The price covers the choice."""
     from sotto import sweeping
 
     parts = [item.partition("=") for item in over]
@@ -225,7 +225,7 @@ def evaluate(
     delta: Annotated[float | None, typer.Option(help="Of the noisy score; default: the run's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run on held-out data: exactly, which is as private as that data, or with noise (--epsilon)."""
+    """Score a run on held-out data. The score is exact, and as private as that data, or has noise (--epsilon)."""
     from sotto import commands
 
     scores = commands.evaluate(find_run(run), data, batch_size, epsilon, delta)
@@ -250,7 +250,7 @@ def audit(
     split: Annotated[bool, typer.Option("--split", help="Attack what the customer of a split run would send.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attack your own training: what an attack proves, beside what is promised. Exits with 2 if it proves more."""
+    """Attack your own training. Sets what an attack proves beside the promise; exits with 2 if it proves more."""
     from sotto import commands
 
     is_run = target.is_dir()
@@ -329,7 +329,7 @@ def report(
         list[Path] | None, typer.Option(metavar="FILE", help="What 'sotto audit CONFIG --json' printed. Repeatable.")
     ] = None,
 ) -> None:
-    """Write one page about a finished run, for whoever has to sign it."""
+    """Write one page for whoever has to sign a run."""
     from sotto import commands
 
     print(commands.report(find_run(run), to, tuple(audit or ())))
@@ -344,7 +344,7 @@ def ledger(
     close: Annotated[str | None, typer.Option(metavar="RUN", help="A run that will not go on: free its plan.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what all runs have spent on a dataset, set its budget, or close a run."""
+    """Show what all runs have spent on a dataset. Also sets its budget, or closes a run."""
     from sotto import commands
     from sotto.reporting import ledger_text
 
