@@ -233,7 +233,8 @@ def evaluate(
         _print_json(scores)
     else:
         for name, value in scores.items():
-            print(f"{name:<15} {value:,.4f}" if isinstance(value, float) else f"{name:<15} {value:,}")
+            whole = isinstance(value, int) or (value.is_integer() and abs(value) > 1)
+            print(f"{name:<15} {value:,.0f}" if whole else f"{name:<15} {value:,.4f}")
 
 
 @app.command()

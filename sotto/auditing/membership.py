@@ -78,7 +78,7 @@ def audit_membership(path: Path, limit: int = 2000, confidence: float = 0.95, ba
             "held_out": len(outside),
             "area_under_curve": bounds.area_under_curve(inside, outside),
             "caught_at_1_percent_false_alarms": bounds.true_positives_at(inside, outside, FALSE_ALARMS),
-            "most_that_any_attack_could": bounds.true_positives_allowed(facts["epsilon"], facts["delta"], FALSE_ALARMS),
+            "most_that_any_attack_finds": bounds.true_positives_allowed(facts["epsilon"], facts["delta"], FALSE_ALARMS),
         },
         notes=[
             "these numbers are functions of private data: keep them with it",
