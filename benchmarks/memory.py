@@ -1,13 +1,14 @@
 """The memory that `sotto memory` predicts, against the peak of a run that really happens.
 
-    python benchmarks/memory.py [--case bert-full-book_keeping-8 ...] [--device cuda] [--threads 1]
+    python benchmarks/memory.py [--case bert-full-book_keeping-8 ...] [--device cuda] [--threads 1] [--workers 8]
 
 Every case is a whole private run of three steps on invented text, in a process of its own: `session.start`, the check
 of the first batch, and the loop. What is measured is the high-water mark from the moment at which the model is built
 until the last update, above what was there then. On CPU that is the resident set's, with every block above 64 KiB
 returned to the system at once (MALLOC_MMAP_THRESHOLD_), so that it counts live tensors and not the allocator's
 reserves; on CUDA it is `torch.cuda.max_memory_allocated`, above the work buffers of the matrix libraries too. The
-prediction is `memory_forecast`'s, made in another process from config.json alone, less the bytes of the built model.
+prediction is `memory_forecast`'s, made in another process from config.json alone, less the bytes of the built model;
+`--workers` are at work on predictions at once, while cases are measured one after another.
 Before anything is measured, a run of a tiny model brings in the code of libraries, which is not the model's memory.
 """
 
@@ -19,6 +20,7 @@ import gc
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -47,7 +49,8 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bert": ({"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12},
              {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}),
     "roberta": ({"vocab_size": 50265, "max_position_embeddings": 514, "num_hidden_layers": 4},
-                {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}),
+                {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
+                 "max_position_embeddings": 514}),
     "gpt2": ({"n_layer": 4}, {"n_embd": 48, "n_layer": 2}),
     "llama": ({"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
                "intermediate_size": 1408},
@@ -165,16 +168,15 @@ def predicted(case: str, folder: Path, device: str) -> dict[str, float]:
     return {"peak": found.peak - model, "seconds": time.process_time() - begun}
 
 
-def child(case: str, task: str, folder: Path, device: str) -> dict[str, float]:
-    """Does a task in a fork of this process, which has loaded the libraries and done nothing with them.
+def alone(case: str, folder: Path, device: str) -> dict[str, float]:
+    """Measures a case in a fork of this process, which has loaded the libraries and done nothing with them.
 
     On CUDA, which does not survive a fork, in this process: the allocator tells apart what each case takes.
     """
-    task_of = {"measured": measured, "predicted": predicted}[task]
     if device.startswith("cuda"):
-        return task_of(case, folder, device)
+        return measured(case, folder, device)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(task_of, (case, folder, device))
+        return pool.apply(measured, (case, folder, device))
 
 
 def main() -> None:
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--case", action="append")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     wanted = HONEST_MALLOC | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):  # they are read when a process starts
@@ -191,10 +194,16 @@ def main() -> None:
 
     print("| model | trained | gradient | microbatch | predicted MiB | measured MiB | error | CPU s to predict |")
     print("|---|---|---|--:|--:|--:|--:|--:|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SOTTO_LEDGER_DIR"] = f"{folder}/ledger"
-        for case in args.case or CASES:
-            said, was = (child(case, task, Path(folder), args.device) for task in ("predicted", "measured"))
+    cases = args.case or CASES
+    with tempfile.TemporaryDirectory() as place, multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        os.environ["SOTTO_LEDGER_DIR"] = f"{place}/ledger"
+        folders = [Path(place) / which / case for case in cases for which in ("predicted", "measured")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        asked = [pool.apply_async(predicted, (c, f, args.device)) for c, f in zip(cases, folders[::2], strict=True)]
+        for case, folder, answer in zip(cases, folders[1::2], asked, strict=True):
+            was, said = alone(case, folder, args.device), answer.get()
+            shutil.rmtree(folder)
             error = said["peak"] / was["peak"] - 1
             print(
                 f"| {' | '.join(case.split('-'))} | {said['peak'] / 2**20:.0f} | {was['peak'] / 2**20:.0f} "

@@ -1,10 +1,12 @@
 """Zeroth-order probes against plain forward passes: peak memory above the weights, and time.
 
     python benchmarks/zeroth_order.py [--shape opt-1.3b] [--batch 8] [--length 128] [--probes 1] [--probes 4]
-                                      [--trained lora] [--dtype bfloat16] [--device cuda] [--memory]
+                                      [--trained lora] [--law sphere] [--dtype bfloat16] [--device cuda] [--memory]
 
 A causal model (or a RoBERTa-large-shaped classifier) with random weights, all of them trained; with `--trained lora`
-adapters of rank 8 instead, with `low_rank` all weights along directions of rank 1. Each row has a process of its own.
+adapters of rank 8 instead, with `low_rank` all weights along directions of rank 1. Directions are signs, several of
+them orthogonal, if `--law` does not say another law (`sphere` is that of the preset dpzero, `gaussian` that of dpzo).
+Each row has a process of its own.
 Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds (on CUDA the
 device's), of the probes and of the whole step, against two plain forward passes of the same batch with the same loss
 for each direction, or one where differences are centred (several directions). `sides`: so many moved models in one
@@ -45,7 +47,8 @@ def build(shape: str) -> tuple[Any, str]:
     torch.manual_seed(0)
     if shape == "roberta-large":
         return RobertaForSequenceClassification(RobertaConfig(**SHAPES[shape], num_labels=2)).eval(), "classification"
-    return OPTForCausalLM(OPTConfig(**SHAPES[shape])).eval(), "generation"
+    # Without keys and values of past tokens, as a run loads its model.
+    return OPTForCausalLM(OPTConfig(**SHAPES[shape], use_cache=False)).eval(), "generation"
 
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         shapes = {name: p.shape for name, p in trainable(model).items()}
         low_rank = Law("rademacher", 1)
         law = low_rank if args.trained == "low_rank" else Law("orthogonal" if int(count) > 1 else "rademacher")
+        law = Law(args.law) if args.law else law
         directions = Directions("00" * 16, shapes, int(count), law, centred=int(count) > 1)
         sides = args.sides if kind == "sides" else 1
         engine = ZerothOrder(model, forward, directions, Flat(1.0), sides=sides)
@@ -136,6 +140,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--probes", type=int, action="append")
     parser.add_argument("--trained", choices=["full", "lora", "low_rank"], default="full")
+    parser.add_argument("--law", choices=["rademacher", "gaussian", "sphere", "orthogonal"])
     parser.add_argument("--sides", type=int, default=0, help="also that many sides in one pass")
     parser.add_argument("--top", action="store_true", help="also with the last layer alone trained")
     parser.add_argument("--steps", type=int, default=2)

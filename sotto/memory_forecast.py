@@ -33,8 +33,9 @@ from sotto.models.source import ModelFacts, inspect, resolve
 from sotto.models.trainable import prepare
 from sotto.optim import Optimizer
 from sotto.privacy.discrete import Below
-from sotto.zeroth_order.directions import Directions, chunk_on
+from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.engine import ZerothOrder
+from sotto.zeroth_order.entries import chunk_on
 
 UNITS = 3
 """Units in the smaller of the two traces that a microbatch is followed from; as many as the first check takes."""
@@ -197,7 +198,7 @@ class MemoryLaw:
         recorder = Recorder(fake, text.vocab_size if self.config.data.task == "generation" else 0)
         with torch.device("meta"), recorder, recorder.during("weights"):
             model = self._build(layers)
-        pretend(model, fake, self.device)
+        pretend(model, fake, torch.device("cpu"))  # as in a run, whose model goes to the device when it is prepared
         with recorder, recorder.during("weights"):
             model = prepare(model, self.config.method, self.config.run.seed)
         pretend(model, fake, self.device)
@@ -327,7 +328,8 @@ class _Run:
 
 
 def _batch(model: nn.Module, config: Config, device: torch.device, rows: int) -> dict[str, torch.Tensor]:
-    """Examples of `data.max_length` tokens, of which the last is padding, so that it has to be masked."""
+    """Examples of `data.max_length` tokens, of which the last is padding, so that it has to be masked: but for the one
+    case in which full examples take more."""
     text: Any = model.config.get_text_config()  # type: ignore[union-attr]
     length = config.data.max_length
     ids_BT = (torch.arange(rows * length, device=device) * 7 + 3).remainder(text.vocab_size).view(rows, length)
@@ -336,6 +338,14 @@ def _batch(model: nn.Module, config: Config, device: torch.device, rows: int) ->
         ids_BT[:, -1] = text.eos_token_id
         setattr(ids_BT, ENDS, True)
     mask_BT = torch.ones_like(ids_BT)
-    mask_BT[:, -1] = 0
+    if not full_examples_take_more(text, config.model.dtype, device):
+        mask_BT[:, -1] = 0
     labels = ids_BT if config.data.task == "generation" else torch.zeros(rows, dtype=torch.long, device=device)
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels}
+
+
+def full_examples_take_more(text: Any, dtype: str, device: torch.device) -> bool:
+    """Without a mask, a model with grouped keys leaves their repetition to torch's attention, of which no kernel for
+    CUDA can do that in float32: the plain formula is taken then, and a step holds every score."""
+    grouped = getattr(text, "num_key_value_heads", None) not in (None, getattr(text, "num_attention_heads", None))
+    return device.type == "cuda" and grouped and dtype == "float32"

@@ -160,14 +160,20 @@ def _common(first: np.ndarray, second: np.ndarray) -> int:
 def pretend(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> None:
     """Replaces a model's weights and buffers by fake ones on a device, in place. Zeros stay known as such.
 
+    Those that are fake already are brought there.
+
     Models are built on the meta device, which takes a hundredth of the time; but there is no kernel to ask about.
     """
+    device = FakeTensor(fake, torch.empty(0, device="meta"), device).fake_device  # cuda has a number from here on
     made: dict[torch.Tensor, Any] = {}  # by identity; it keeps the originals, so that no other one gets their identity
 
     def on_device(x: torch.Tensor) -> Any:
+        if isinstance(x, FakeTensor) and x.fake_device == device:
+            return x
         if x not in made:
             zero = getattr(x, VALUE, None) == 0 if is_empty(x) else not bool(x.any())
-            data: Any = FakeTensor(fake, x.detach().to("meta"), device)
+            shape = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            data: Any = FakeTensor(fake, shape, device)
             made[x] = nn.Parameter(data, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else data
             if zero:
                 setattr(made[x], VALUE, 0)
@@ -175,7 +181,7 @@ def pretend(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> Non
 
     for module in model.modules():
         for held in (module._parameters, module._buffers):
-            held.update({n: on_device(x) for n, x in held.items() if x is not None and not isinstance(x, FakeTensor)})
+            held.update({n: on_device(x) for n, x in held.items() if x is not None})
 
 
 _LITTLE = 4095

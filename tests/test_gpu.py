@@ -26,7 +26,10 @@ from sotto.models import support
 from sotto.models.reversible import ReversibleOptions, make_reversible
 from sotto.models.trainable import prepare
 from sotto.privacy.noise import DebugNoise, SecureNoise
+from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.perturb import Perturbed, Side
+from sotto.zeroth_order.small import Small
 
 pytestmark = [
     pytest.mark.gpu,
@@ -143,6 +146,45 @@ def test_directions_are_the_same_bits(law: Any):
         assert torch.equal(there.cpu(), here)
 
 
+def test_one_kernel_moves_weights_as_a_chain_of_operations_does(monkeypatch: pytest.MonkeyPatch):
+    """With kernels and without: every parameter of a model, rows of a table, and a whole pass."""
+    shapes = {"w": torch.Size((300, 1000)), "b": torch.Size((1000,)), "e": torch.Size((500, 130))}
+    rows_n = torch.randint(500, (40,), device=CUDA)
+    for law in zeroth.LAWS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weights = {n: torch.randn(s, device=CUDA).to(dtype) for n, s in shapes.items()}
+            made, side = Directions("00" * 16, shapes, 4, zeroth.Law(law)), Side(2, 1e-2)
+            assert kernels.kernel_for(made.stream("w", 7, 2), weights["w"]) is not None
+            small = Small(weights, made)
+            assert {id(weights["b"]), id(weights["e"])} == set(small.moved(7, 2, 1e-2))
+
+            def moved(small: Small | None, w: Any = weights, made: Any = made, side: Any = side) -> list[torch.Tensor]:
+                context = Perturbed(w, made, 7, [side], small)
+                with context:
+                    return [w["w"] * 1, w["b"] * 1, w["e"] * 1, torch.nn.functional.embedding(rows_n, w["e"])]
+
+            found, alone = moved(small), moved(None)
+            with monkeypatch.context() as without:
+                without.setattr(kernels, "_compiled", lambda device: None)
+                expected = moved(None)
+            for x, y, z in zip(found, alone, expected, strict=True):
+                if law in ("rademacher", "orthogonal"):
+                    assert torch.equal(x, z)
+                    assert torch.equal(y, z)
+                else:  # a product is rounded before it is added, or not
+                    torch.testing.assert_close(x, z, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+                    torch.testing.assert_close(y, z, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+                assert not torch.equal(z, weights["w"]) or z.shape != weights["w"].shape
+
+
+def test_derivatives_along_directions(tmp_path: Path):
+    here, there = (
+        trained(tmp_path, device, method={"train": "full", "gradient": "zeroth_order", "zeroth_smoothing": 0})
+        for device in ("cpu", "cuda")
+    )
+    tiny_runs.assert_same(here.model.state_dict(), {n: x.cpu() for n, x in there.model.state_dict().items()}, 2e-3)
+
+
 # ---- whole runs
 
 
@@ -230,6 +272,7 @@ def test_a_budget_of_memory_is_kept(tmp_path: Path):
     assert json.loads((done.path / "plan.json").read_text())
 
 
-def test_a_forecast_is_made_on_the_device(tmp_path: Path):
-    found = MemoryLaw(tiny_runs.config(tmp_path, run={"device": "cuda"}), CUDA).at(8)
+@pytest.mark.parametrize("changes", RUNS, ids=lambda c: "-".join(str(v) for v in c["method"].values()))
+def test_a_forecast_is_made_on_the_device(tmp_path: Path, changes: dict[str, Any]):
+    found = MemoryLaw(tiny_runs.config(tmp_path, run={"device": "cuda"}, **changes), CUDA).at(8)
     assert found.peak > found.parts["weights"]

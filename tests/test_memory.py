@@ -20,7 +20,7 @@ from transformers import BartConfig, BertConfig, Gemma2Config, GPT2Config, Llama
 import sotto
 from sotto import memory_budget, training
 from sotto.errors import SottoError
-from sotto.memory_forecast import MemoryLaw, _Run
+from sotto.memory_forecast import MemoryLaw, _Run, full_examples_take_more
 from sotto.memory_trace import PARTS, NotAlike, Recorder, Segment, extended, pretend
 from sotto.models.trainable import prepare
 
@@ -342,3 +342,31 @@ def test_methods_that_keep_less_need_less(tmp_path: Path) -> None:
     plain = peak()
     stored, fixed = (peak("train=reversible", f"reversible_streams={s}") for s in ("stored", "fixed"))
     assert max(stored, fixed, peak("train=side")) < plain / 2
+
+
+def test_fake_weights_go_to_another_device():
+    """As those of a run do, which is prepared on the processor. That they are on the other one is all that is known."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 10, bias=False))
+    model[2].weight = model[0].weight
+    pretend(model, fake, CPU)
+    assert {x.device.type for x in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    shapes = {n: (x.shape, x.dtype, x.requires_grad) for n, x in model.state_dict(keep_vars=True).items()}
+    pretend(model, fake, torch.device("cuda"))
+    held = [*model.parameters(), *model.buffers()]
+    assert {str(x.device) for x in held} == {"cuda:0"}  # with a number, as tensors that are made there have
+    assert all(x.is_cuda for x in held)
+    assert model[2].weight is model[0].weight
+    assert {n: (x.shape, x.dtype, x.requires_grad) for n, x in model.state_dict(keep_vars=True).items()} == shapes
+    again = model[0].weight
+    pretend(model, fake, torch.device("cuda"))
+    assert model[0].weight is again
+
+
+def test_where_examples_without_padding_take_more():
+    cuda, grouped = torch.device("cuda"), LlamaConfig(**DEEP, num_key_value_heads=2)
+    assert full_examples_take_more(grouped, "float32", cuda)
+    assert not full_examples_take_more(grouped, "bfloat16", cuda)
+    assert not full_examples_take_more(grouped, "float32", CPU)
+    assert not full_examples_take_more(LlamaConfig(**DEEP), "float32", cuda)
+    assert not full_examples_take_more(GPT2Config(), "float32", cuda)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sotto.errors import SottoError
-from sotto.zeroth_order import counter, directions, laws
+from sotto.zeroth_order import counter, directions, entries, laws
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import LAWS, Law
 
@@ -103,15 +103,17 @@ FIRST_COLUMN = {"matrix": 0, "scalar": 28 * 32, "vector": 29 * 32}  # by name, e
 
 def entry(law: str, name: str, step: int, k: int, e: int) -> float:
     """One entry of a direction of 50, made alone and by the book. `sphere` before it is stretched."""
-    gaussian = law in ("gaussian", "sphere")
-    word = e if gaussian else e // 32
     key = counter.stream_key(KEY, name, "entry")
     cycle, row, sign = walsh_row(step, k, 50, 34) if law == "orthogonal" else (step, 0, 1)
+    word = e // 32
     drawn = philox(key, [word // 4 & ONES, word // 4 >> 32, 0 if law == "orthogonal" else k, cycle])[word % 4]
-    if gaussian:
-        table = laws.quantiles()
-        return float(table[drawn & 0xFFFF] + table[drawn >> 16]) / 2**20
-    return sign * (1 - 2 * (drawn >> e % 32 & 1)) * (-1) ** (row & e + FIRST_COLUMN[name]).bit_count()
+    bit = 1 - 2 * (drawn >> e % 32 & 1)
+    if law in ("gaussian", "sphere"):
+        run = e // 16384
+        places = counter.stream_key(KEY, name, "entry places")
+        place = philox(places, [run // 4, 0, k, step])[run % 4] % 65536
+        return bit * int(laws.sizes()[(place + e % 16384) % 65536]) / 2**20
+    return sign * bit * (-1) ** (row & e + FIRST_COLUMN[name]).bit_count()
 
 
 @pytest.mark.parametrize("law", ["rademacher", "gaussian", "orthogonal"])
@@ -128,23 +130,23 @@ def test_entries_by_definition(law):
 def test_golden_values():
     """A run is replayed from its key, also by later versions: these numbers may never change."""
     assert counter.stream_key(KEY, "vector", "entry") == 0x498FC7791A0E1586
-    assert hashlib.sha256(laws.quantiles().astype("<i4").tobytes()).hexdigest() == (
-        "f79c71e52c2e4af31c97819b3134cd30a64494200d1440b83cf44f1ba5faa8e5"
+    assert hashlib.sha256(laws.sizes().astype("<i4").tobytes()).hexdigest() == (
+        "e55ebff0df0cee5e8f490b3eac82240199d705e98b01a112f2beacc906b87599"
     )
     firsts = {law: make(law).tensor("matrix", 3, 2).flatten()[:4].tolist() for law in ALL}
     assert firsts == {
         Law(kind="rademacher", rank=0): [1.0, 1.0, -1.0, 1.0],
         Law(kind="gaussian", rank=0): [
-            -0.8580646514892578,
-            -0.7549839019775391,
-            -0.25751686096191406,
-            -0.10660743713378906,
+            0.9869661331176758,
+            2.0970754623413086,
+            -0.827885627746582,
+            1.8147926330566406,
         ],
         Law(kind="sphere", rank=0): [
-            -0.8715922832489014,
-            -0.7668864727020264,
-            -0.26157668232917786,
-            -0.10828813910484314,
+            0.9998887181282043,
+            2.12453293800354,
+            -0.8387253284454346,
+            1.8385541439056396,
         ],
         Law(kind="orthogonal", rank=0): [-1.0, -1.0, -1.0, 1.0],
         Law(kind="rademacher", rank=3): [
@@ -154,22 +156,54 @@ def test_golden_values():
             -0.5773502588272095,
         ],
         Law(kind="gaussian", rank=2): [
-            1.199521780014038,
-            0.5761646628379822,
-            -0.05935031175613403,
-            -0.7740793824195862,
+            0.4514371454715729,
+            -0.4457181692123413,
+            -0.646109402179718,
+            0.18913434445858002,
         ],
     }
 
 
-def test_the_normal_table():
-    normal, table = NormalDist(), laws.quantiles().astype(np.float64) / 2**20
-    for i in (0, 1, 999, 32767, 32768, 50000, 65535):
-        assert table[i] == pytest.approx(normal.inv_cdf((i + 0.5) / 65536) / math.sqrt(2), abs=1e-4)
-    assert table.mean() == 0
-    assert np.square(table).mean() == pytest.approx(0.5, abs=1e-8)
-    for t in (0.1, 0.5, 1.0, 2.0, 3.0):  # the characteristic function of the sum of two
-        assert np.cos(t * table).mean() ** 2 == pytest.approx(math.exp(-t * t / 2), abs=1e-5)
+def test_the_sizes_are_half_normal_and_in_no_order():
+    normal, table = NormalDist(), laws.sizes() / 2**20
+    ranked = np.sort(table)
+    for i in (0, 1, 999, 32767, 50000, 65535):
+        assert ranked[i] == pytest.approx(normal.inv_cdf(0.5 + (i + 0.5) / 131072), abs=2e-4)
+    assert np.square(table).mean() == pytest.approx(1, abs=1e-8)
+    for t in (0.1, 0.5, 1.0, 2.0, 3.0):  # the characteristic function of a size with a random sign
+        assert np.cos(t * table).mean() == pytest.approx(math.exp(-t * t / 2), abs=5e-6)
+    # Two entries of a run stand a fixed way apart: their squares are as good as independent, whatever the way is.
+    ways = [float((np.square(table) * np.square(np.roll(table, way))).mean()) for way in range(1, 16384, 3)]
+    assert max(abs(mean - 1) for mean in ways) < 0.04
+    assert abs(float(np.mean(ways)) - 1) < 1e-3
+    assert np.square(ranked) @ np.square(np.roll(ranked, 1)) / 65536 > 2.9  # sorted they would not be
+
+
+def test_runs_have_places_of_their_own():
+    """Of sixteen runs none has the sizes of another, and none those of another step, direction or tensor."""
+    shapes = {"a": torch.Size((8, 16384)), "b": torch.Size((8 * 16384,))}
+    made = make(Law("gaussian"), shapes=shapes)
+    firsts = {
+        (name, step, k): made.tensor(name, step, k).abs().view(8, 16384)[:, 0].tolist()
+        for name in shapes for step in (0, 1) for k in (0, 1)
+    }  # fmt: skip
+    assert len({size for row in firsts.values() for size in row}) > 60  # of 64, drawn from 65,536
+    whole = made.tensor("b", 0, 0)
+    twelve = [float(made.slice("b", 0, 0, e, e + 1)) for e in range(16380, 16392)]
+    assert twelve == whole[16380:16392].tolist()
+
+
+def test_the_length_of_a_sphere_is_counted_from_its_runs():
+    shapes = {"a": torch.Size((3, 9000)), "b": torch.Size((16384,)), "c": torch.Size((5,))}
+    made = make(Law("sphere"), shapes=shapes)
+    entries_d = torch.cat([make(Law("gaussian"), shapes=shapes).tensor(n, 4, 2).flatten() for n in shapes]).double()
+    assert made.stretch(4, 2) == pytest.approx(math.sqrt(43389 / float(entries_d.square().sum())), rel=1e-12)
+    masks = {"a": torch.rand(3, 9000, generator=torch.Generator().manual_seed(0)) < 0.3}
+    masked = make(Law("sphere"), shapes=shapes, masks=masks)
+    kept_d = torch.cat([masks["a"].flatten(), torch.ones(16389, dtype=torch.bool)])
+    squares = float(entries_d[kept_d].square().sum())
+    assert masked.stretch(4, 2) == pytest.approx(math.sqrt(int(kept_d.sum()) / squares), rel=1e-12)
+    assert masked.stretch(4, 2) != made.stretch(4, 2)
 
 
 # ---- parts agree with the whole
@@ -179,7 +213,7 @@ def test_the_normal_table():
 def test_slices_and_rows_equal_the_whole(law, monkeypatch):
     made = make(law, count=40)
     whole = {name: made.tensor(name, 3, 37) for name in SHAPES}
-    monkeypatch.setattr(directions, "CHUNK", 96)
+    monkeypatch.setattr(entries, "CHUNK", 96)
     again = make(law, count=40)
     generator = random.Random(0)
     for name, shape in SHAPES.items():
@@ -197,8 +231,8 @@ def test_slices_and_rows_equal_the_whole(law, monkeypatch):
 def test_pieces_equal_slices(law, monkeypatch):
     made = make(law, count=8)
     whole = {name: made.tensor(name, 3, 5).flatten() for name in SHAPES}
-    monkeypatch.setattr(directions, "CHUNK", 160)
-    monkeypatch.setattr(directions, "PIECE", 64)
+    monkeypatch.setattr(entries, "CHUNK", 160)
+    monkeypatch.setattr(entries, "PIECE", 64)
     again = make(law, count=8)
     for name, flat in whole.items():
         for start, stop in ((0, len(flat)), (len(flat) // 3, len(flat) - 1), (len(flat) // 2, len(flat) // 2)):

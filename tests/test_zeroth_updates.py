@@ -112,7 +112,7 @@ def test_a_replay_of_the_log_has_the_same_bits(kind, preset, monkeypatch):
     net = model()
     done = trained(kind, net, preset=preset)
     again = model()
-    monkeypatch.setattr("sotto.zeroth_order.directions.CHUNK", 4)  # other shards, the same bits
+    monkeypatch.setattr("sotto.zeroth_order.entries.CHUNK", 4)  # other shards, the same bits
     fresh = make(kind, again, preset=preset)
     fresh.restore({}, done.state_tensors())
     assert torch.equal(weights(net), weights(again))

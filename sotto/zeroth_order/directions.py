@@ -6,9 +6,10 @@ sharding, because the words come from a counter (`counter`) and the entries are 
 
 The laws, all with mean zero and E[u u^T] = I over the entries that are trained:
 
-* `rademacher`, `gaussian`: independent entries;
-* `sphere`: a Gaussian direction scaled to length sqrt(d), uniform on the sphere (Zhang et al. 2024, arXiv:2310.09639,
-  algorithm 2). Its length is added up in integers, so every shard scales by the same float;
+* `rademacher`: independent signs;
+* `gaussian`: normal entries, with independent signs and sizes from a table (`laws`);
+* `sphere`: a Gaussian direction scaled to length sqrt(d), as good as uniform on the sphere (Zhang et al. 2024,
+  arXiv:2310.09639, algorithm 2). Its length is added up in integers, so every shard scales by the same float;
 * `orthogonal`: one random sign vector times rows of a Walsh-Hadamard matrix of at least d columns, K rows in a step and
   other rows in the next, until none are left: then comes another sign vector. So steps do not look where others have
   looked, and as many directions as there are rows see every dimension. Each direction alone is a `rademacher` one.
@@ -39,16 +40,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sotto.zeroth_order import counter, laws, walsh
+from sotto.zeroth_order import laws, walsh
+from sotto.zeroth_order.entries import Entries, chunk_on
 from sotto.zeroth_order.law import Law, bad_argument, is_count
 from sotto.zeroth_order.parts import split_in_order
-
-CHUNK = 1 << 18
-"""Entries made at a time: small enough for a processor's cache."""
-DEVICE_CHUNK = 1 << 22
-"""Entries made at a time on a GPU, where every operation takes a while to start, however little it does."""
-PIECE = 1 << 17
-"""Signs that are expanded from their bits at a time: small enough for the cache of one core."""
 
 
 def new_key() -> str:
@@ -102,10 +97,9 @@ class Directions:
         if self.size == 0:
             raise bad_argument("shapes", {}, "there is nothing to perturb", "make some parameters trainable")
         self.parts, self.part = parts, split_in_order({n: math.prod(s) for n, s in self.shapes.items()}, parts)
-        self._room = torch.empty(PIECE)
-        self._keys: dict[tuple[str, str], int] = {}
         self._lengths: dict[tuple[int, int], float] = {}
         self._rows = walsh.Rows(key, {n: self._drawn(n) for n in self.shapes}, count)
+        self._made = Entries(key, self.law, self._rows)
 
     def _drawn(self, name: str) -> int:
         """Entries that are drawn for a tensor: those of one class follow from those of the others."""
@@ -190,21 +184,20 @@ class Directions:
         What goes through memory once, and not through a cache, costs most of the time of a moved weight. So signs are
         made in one small place, over and over.
         """
-        whole = self.law.entries == "gaussian" or name in self.masks or name in self.classes or self.is_low_rank(name)
-        chunk = chunk_on(device)
+        stream, chunk = self.stream(name, step, k), chunk_on(device)
         for begin in range(start, stop, chunk):
             end = min(begin + chunk, stop)
-            if whole or device.type != "cpu":
+            if stream is None or device.type != "cpu":
                 yield begin, end, self.slice(name, step, k, begin, end, device)
-                continue
-            first = begin // 32
-            words_w = self._words(name, "entry", step, k, first, -(-end // 32))
-            for w in range(0, len(words_w), PIECE // 32):
-                some_w = words_w[w : w + PIECE // 32]
-                at = 32 * (first + w)
-                laws.floats("rademacher", some_w, self._room.numpy())
-                low, high = max(begin, at), min(end, at + 32 * len(some_w))
-                yield low, high, self._room[low - at : high - at]
+            else:
+                yield from self._made.pieces(name, step, k, begin, end, stream.stretch)
+
+    def stream(self, name: str, step: int, k: int) -> walsh.Stream | None:
+        """What a direction on a tensor follows from; None where it is more than its entries, or less."""
+        if name in self.masks or name in self.classes or self.is_low_rank(name):
+            return None
+        stream = self._made.stream(name, "entry", step, k)
+        return stream._replace(stretch=self.stretch(step, k)) if self.law.kind == "sphere" else stream
 
     def tensor(self, name: str, step: int, k: int, device: torch.device | None = None) -> torch.Tensor:
         """The direction of a whole tensor, in its shape. Training never makes one of these for a large tensor."""
@@ -219,20 +212,7 @@ class Directions:
             return _product(u_mr[rows_n], v_cr)
         if name in self.classes:
             return self._over_classes(name, step, k, rows_n.device)[rows_n]
-        law, per_block = self.law.entries, counter.BLOCK * laws.ENTRIES[self.law.entries]
-        first_n = rows_n * columns
-        length = (columns + per_block - 2) // per_block + 1
-        block_nb = (first_n // per_block)[:, None] + torch.arange(length, device=rows_n.device)
-        orthogonal = self.law.kind == "orthogonal"
-        draw, index = (self._rows.cycle(step), 0) if orthogonal else (step, k)
-        words = counter.blocks(self._key(name, "entry"), draw, index, block_nb)
-        if orthogonal:
-            word_numbers = block_nb[..., None] * counter.BLOCK + torch.arange(counter.BLOCK, device=rows_n.device)
-            words = words ^ self._rows.signs_on_device(name, step, k, word_numbers)
-        wide = laws.floats_on_device(law, words.flatten(1))
-        columns_nc = (first_n % per_block)[:, None] + torch.arange(columns, device=rows_n.device)
-        part = wide.gather(1, columns_nc)
-        return self._finish(part, name, step, k, rows_n)
+        return self._finish(self._made.rows(name, step, k, rows_n, columns), name, step, k, rows_n)
 
     def factors(
         self, name: str, step: int, k: int, device: torch.device | None = None
@@ -245,51 +225,10 @@ class Directions:
 
     # ---- how they are made
 
-    def _key(self, name: str, role: str) -> int:
-        if (name, role) not in self._keys:
-            self._keys[name, role] = counter.stream_key(self.key, name, role)
-        return self._keys[name, role]
-
     def _entries(
         self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device | None
     ) -> torch.Tensor:
-        """Independent entries of a stream, in pieces that fit a cache."""
-        device = device or torch.device("cpu")
-        chunk = chunk_on(device)
-        if stop - start <= chunk:
-            return self._chunk(name, role, step, k, start, stop, device)
-        out = torch.empty(stop - start, device=device)
-        for begin in range(start, stop, chunk):
-            end = min(begin + chunk, stop)
-            out[begin - start : end - start] = self._chunk(name, role, step, k, begin, end, device)
-        return out
-
-    def _chunk(
-        self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device
-    ) -> torch.Tensor:
-        law, orthogonal = self.law.entries, self.law.kind == "orthogonal"
-        per_word = laws.ENTRIES[law]
-        first, last = start // per_word, -(-stop // per_word)
-        if device.type == "cpu":
-            words_w = self._words(name, role, step, k, first, last)
-            entries = torch.from_numpy(laws.floats(law, words_w))  # pyright: ignore[reportUnknownMemberType]
-        else:
-            key, draw, index = self._key(name, role), *((self._rows.cycle(step), 0) if orthogonal else (step, k))
-            low = first // counter.BLOCK
-            block_n = torch.arange(low, -(-last // counter.BLOCK), device=device)
-            words = counter.blocks(key, draw, index, block_n).flatten()[first - low * counter.BLOCK :][: last - first]
-            if orthogonal:
-                words = words ^ self._rows.signs_on_device(name, step, k, torch.arange(first, last, device=device))
-            entries = laws.floats_on_device(law, words)
-        return entries[start - first * per_word :][: stop - start]
-
-    def _words(self, name: str, role: str, step: int, k: int, first: int, last: int) -> counter.Words:
-        """The words of a stream, on the CPU; those of an orthogonal direction with the signs of its row."""
-        if self.law.kind != "orthogonal":
-            return counter.words(self._key(name, role), step, k, first, last)
-        words_w = counter.words(self._key(name, role), self._rows.cycle(step), 0, first, last)
-        words_w ^= self._rows.signs(name, step, k, first, last)
-        return words_w
+        return self._made.flat(name, role, step, k, start, stop, device or torch.device("cpu"))
 
     def _finish(self, part: torch.Tensor, name: str, step: int, k: int, where: Any) -> torch.Tensor:
         """Applies the mask and the length of the sphere; `where` selects from the flat mask, or rows of the mask."""
@@ -334,12 +273,13 @@ class Directions:
 
     def _squares(self, name: str, step: int, k: int) -> int:
         """Sum of squares of a tensor's entries in units of SCALE^2, in integers of any size."""
-        total, size, mask = 0, self._drawn(name), self.masks.get(name)
-        for start in range(0, size, CHUNK):
-            stop = min(start + CHUNK, size)
-            part = self._chunk(name, "entry", step, k, start, stop, torch.device("cpu"))
-            whole = (part if mask is None else part * mask.flatten()[start:stop]).double().mul_(1 / laws.SCALE).long()
-            # Squares are below 2^46 and a chunk has 2^18 of them, but their mean is 2^40: this cannot overflow.
+        size, mask = self._drawn(name), self.masks.get(name)
+        if mask is None:
+            return self._made.squares(name, step, k, size)
+        total = 0
+        for start, stop, part in self._made.pieces(name, step, k, 0, size):
+            whole = (part * mask.flatten()[start:stop].cpu()).double().mul_(1 / laws.SCALE).long()
+            # Squares are below 2^46 and a part has 2^17 of them, but their mean is 2^40: this cannot overflow.
             total += int((whole * whole).sum())
         return total
 
@@ -357,13 +297,9 @@ class Directions:
             "classes": sorted(self.classes),
             "centred": self.centred,
             "rows": self._rows.count if self.law.kind == "orthogonal" else 0,
+            "run": laws.RUN if self.law.entries == "gaussian" else 0,
         }
         return spec if self.parts == 1 else {**spec, "parts": self.parts}
-
-
-def chunk_on(device: torch.device) -> int:
-    """How many entries are made at a time."""
-    return CHUNK if device.type == "cpu" else DEVICE_CHUNK
 
 
 def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,16 @@ A direction only has to have mean zero and identity covariance and to be indepen
 arXiv:2310.09639, remark after equation 3). Entry laws:
 
 * `rademacher`: +1 or -1, one bit each. The cheapest, and of all such laws the one with the least variance.
-* `gaussian`: the sum of two draws from a table of 65,536 normal quantiles, scaled to variance one. 2^32 equally likely
-  pairs, largest entry 6.1; its characteristic function is that of the normal up to 1.1e-5. No logarithm or cosine,
-  whose last bits differ between libraries.
+* `gaussian`: such a sign times a size. Sizes are the 65,536 quantiles of a half-normal law, in an order without
+  pattern; each run of 16,384 entries takes as many of them one after another, from a place that is drawn for it. No
+  logarithm or cosine, whose last bits differ between libraries, and no random word for each entry, which would cost
+  more than all else together. Every entry alone has the normal law, up to 5e-6 in its characteristic function and the
+  largest of 4.5; two entries of different runs are independent; two of one run have independent signs, and their sizes
+  are two different ones of the table: the mean product of their squares is within 3 % of 1.
 
 Both are integers times 2^-20 (or 1), exact in float32, so squares can be added up exactly in any order.
 
-Shape legend: w words, e entries.
+Shape legend: w words, e entries, r runs.
 """
 
 from __future__ import annotations
@@ -25,22 +28,83 @@ import torch
 
 from sotto.zeroth_order import counter
 
-ENTRIES = {"rademacher": 32, "gaussian": 1}
-"""Entries that one word gives."""
+PER_WORD = 32
+"""Signs that one word gives."""
+RUN = 1 << 14
+"""Entries whose sizes stand one after another in the table."""
+SIZES = 1 << 16
+"""How many sizes there are."""
 
 SCALE = 2.0**-20
-_HALF = 1 << 15
 _Floats = np.ndarray[Any, np.dtype[np.float32]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @functools.cache
-def quantiles() -> np.ndarray[Any, np.dtype[np.int32]]:
-    """(65536,) quantiles of N(0, 1/2) at the middle of equal shares, in units of `SCALE`; their variance is 1/2."""
+def sizes() -> Integers:
+    """(SIZES,) quantiles of the half-normal law at the middle of equal shares, in units of `SCALE`; mean square 1."""
     normal = NormalDist()
-    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * _HALF)) for i in range(_HALF)]
-    stretch = math.sqrt(_HALF / math.fsum(x * x for x in upper)) / math.sqrt(2) / SCALE
-    table = np.array([round(stretch * x) for x in upper], dtype=np.int32)
-    return np.concatenate([-table[::-1], table])
+    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * SIZES)) for i in range(SIZES)]
+    stretch = math.sqrt(SIZES / math.fsum(x * x for x in upper)) / SCALE
+    order = np.argsort(counter.words(counter.stream_key("", "order of sizes"), 0, 0, 0, SIZES), kind="stable")
+    return np.array([round(stretch * x) for x in upper], dtype=np.int64)[order]
+
+
+@functools.cache
+def _sizes_from_any_place() -> _Floats:
+    """(SIZES + RUN,) the sizes, and the first of them once more."""
+    table = sizes().astype(np.float32) * np.float32(SCALE)
+    return np.concatenate([table, table[:RUN]])
+
+
+@functools.cache
+def sizes_on(device: torch.device) -> torch.Tensor:
+    """(SIZES + RUN,) float32: the sizes, and the first of them once more."""
+    return torch.from_numpy(_sizes_from_any_place()).to(device)  # pyright: ignore[reportUnknownMemberType]
+
+
+@functools.cache
+def _squares() -> Integers:
+    """(SIZES + RUN + 1,) sums of the squares of all sizes before, in units of `SCALE`^2; below 2^58."""
+    return np.concatenate([[0], np.cumsum(np.square(np.concatenate([sizes(), sizes()[:RUN]])))])
+
+
+def runs(start: int, stop: int) -> range:
+    """Numbers of the runs that have some of these entries."""
+    return range(start // RUN, -(-stop // RUN))
+
+
+def places(words_r: Any) -> Any:
+    """Where in the table runs begin, from a word of each."""
+    return words_r & (SIZES - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def stretched(stretch: float) -> _Floats:
+    """(SIZES + RUN,) the sizes times a number, each rounded once."""
+    return _sizes_from_any_place() * np.float32(stretch)
+
+
+def give_sizes(signs_e: _Floats, start: int, place_r: Integers, stretch: float = 1.0) -> None:
+    """Turns signs into entries of the law `gaussian` times a number, in place.
+
+    Args:
+      signs_e: of the entries from number `start` on.
+      place_r: of the runs that these entries are in.
+    """
+    table, stop = stretched(stretch), start + len(signs_e)
+    for place, run in zip(place_r.tolist(), runs(start, stop), strict=True):
+        first, last = max(start, run * RUN), min(stop, (run + 1) * RUN)
+        part_e, skip = signs_e[first - start : last - start], place + first - run * RUN
+        np.multiply(part_e, table[skip : skip + last - first], out=part_e)
+
+
+def squares(size: int, place_r: Integers) -> int:
+    """Sum of the squares of the first `size` entries, in units of `SCALE`^2."""
+    ends_r = place_r + np.minimum(RUN, size - RUN * np.arange(len(place_r)))
+    found_r = _squares()[ends_r] - _squares()[place_r]
+    # Each is below 2^56, their sum need not fit into 64 bits.
+    return (int((found_r >> 28).sum()) << 28) + int((found_r & ((1 << 28) - 1)).sum())
 
 
 @functools.cache
@@ -50,34 +114,21 @@ def _signs() -> _Floats:
     return 1 - 2 * np.unpackbits(bytes_n1, axis=1, bitorder="little").astype(np.float32)
 
 
-@functools.cache
-def _quantiles_on(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(quantiles()).to(device)  # pyright: ignore[reportUnknownMemberType]
-
-
-def floats(law: str, words_w: counter.Words, room: _Floats | None = None) -> _Floats:
-    """(w,) words -> (w * ENTRIES[law],) entries in float32.
+def signs(words_w: counter.Words, room: _Floats | None = None) -> _Floats:
+    """(w,) words -> (w * PER_WORD,) signs in float32.
 
     Args:
-      room: where signs are written, 32 for each word.
+      room: where they are written.
     """
-    if law == "gaussian":
-        table = quantiles()
-        drawn = table.take(words_w & np.uint32(0xFFFF))
-        drawn += table.take(words_w >> np.uint32(16))
-        return drawn.astype(np.float32) * np.float32(SCALE)
     bytes_n = words_w.astype("<u4", copy=False).view(np.uint8)
     target = None if room is None else room[: 8 * bytes_n.size].reshape(-1, 8)
     return _signs().take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
 
 
-def floats_on_device(law: str, words_xw: torch.Tensor) -> torch.Tensor:
-    """(..., w) int64 words on any device -> (..., w * ENTRIES[law]) float32. The same numbers as `floats`."""
-    if law == "gaussian":
-        table = _quantiles_on(words_xw.device)
-        return (table[words_xw & 0xFFFF] + table[words_xw >> 16]).float() * SCALE
+def signs_on_device(words_xw: torch.Tensor) -> torch.Tensor:
+    """(..., w) int64 words on any device -> (..., w * PER_WORD) float32. The same numbers as `signs`."""
     bits = torch.arange(32, dtype=torch.int32, device=words_xw.device)
     # The 32 bits as a signed number, which takes half of the memory: shifted and masked they are the same.
     signed_xw = (words_xw - ((words_xw & (1 << 31)) << 1)).to(torch.int32)
-    signs = (signed_xw[..., None] >> bits).bitwise_and_(1).flatten(-2).float()
-    return signs.mul_(-2).add_(1)
+    found = (signed_xw[..., None] >> bits).bitwise_and_(1).flatten(-2).float()
+    return found.mul_(-2).add_(1)

@@ -17,7 +17,7 @@ Shape legend: n rows of a table, c its columns, m rows of a matrix, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sotto.errors import SottoError
+from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.small import Small
+from sotto.zeroth_order.walsh import Stream
 
 BLOCK = 1 << 22
 """Elements of a matrix up to which it is moved as a whole."""
+DEVICE_BLOCK = 1 << 24
+"""The same on a GPU, which is faster at few large products."""
 ALIGNED = 64
 """Outputs are computed so many at a time, or a multiple: products that begin elsewhere took a fifth longer."""
 
@@ -101,12 +106,32 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
 
 
-def reads_values(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Container[int]) -> bool:
-    """Whether this call reads what is in one of the parameters (given by their ids), and not only its shape or type."""
-    name = name_of(func)
-    if name in _ABOUT or not any(id(x) in parameters for x in tensors_in([args, kwargs])):
-        return False
-    return name != "__get__" or isinstance(func(*args, **kwargs), torch.Tensor)  # .data and .T against .shape
+def found_in(values: Iterable[Any], ids: Container[int]) -> list[int]:
+    """The ids of those among the values, or in a list, tuple or dictionary of them, that are in `ids`.
+
+    Every operation of a pass is asked this, hundreds of times, so most values are only looked at once.
+    """
+    found: list[int] = []
+    for value in values:
+        if id(value) in ids:
+            found.append(id(value))
+        elif isinstance(value, tuple | list | dict):
+            found += [id(t) for t in tensors_in(value) if id(t) in ids]
+    return found
+
+
+def reads_values(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Container[int]
+) -> list[int]:
+    """The parameters (given by their ids) in which this call reads what is in them, and not only a shape or type."""
+    found = found_in(args, parameters)
+    if kwargs:
+        found += found_in(kwargs.values(), parameters)
+    if not found or (name := name_of(func)) in _ABOUT:
+        return []
+    if name == "__get__" and not isinstance(func(*args, **kwargs), torch.Tensor):  # .shape against .data and .T
+        return []
+    return found
 
 
 class Perturbed(TorchFunctionMode):
@@ -117,7 +142,12 @@ class Perturbed(TorchFunctionMode):
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], directions: Directions, step: int, sides: Sequence[Side]
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        directions: Directions,
+        step: int,
+        sides: Sequence[Side],
+        small: Small | None = None,
     ):
         """Prepares a pass.
 
@@ -125,8 +155,10 @@ class Perturbed(TorchFunctionMode):
           parameters: name -> tensor, the names of `directions`. A tensor that several modules share has one name.
           step: which directions.
           sides: where the weights are moved to; more than one for `sides.Sides` only.
+          small: those of the parameters that are moved together.
         """
         super().__init__()
+        self._made = {side: small.moved(step, side.k, side.shift) for side in sides} if small else {}
         self.directions, self.step, self.sides = directions, step, tuple(sides)
         self.names = {id(p): name for name, p in parameters.items()}
         self.used: set[str] = set()
@@ -136,10 +168,11 @@ class Perturbed(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         require_no_randomness(func, args, kwargs)
-        name = name_of(func)
-        if not reads_values(func, args, kwargs, self.names):
+        read = reads_values(func, args, kwargs, self.names)
+        if not read:
             return func(*args, **kwargs)
-        self.used |= {self.names[id(x)] for x in tensors_in([args, kwargs]) if id(x) in self.names}
+        self.used.update(self.names[found] for found in read)
+        name = name_of(func)
         if id(args[0]) in self.names and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
             raise _writes(self.names[id(args[0])])
         return self.replace(func, args, kwargs)
@@ -150,6 +183,10 @@ class Perturbed(TorchFunctionMode):
 
     def name(self, value: Any) -> str | None:
         return self.names.get(id(value))
+
+    def stream(self, name: str, side: Side) -> Stream | None:
+        """What a kernel could add to this parameter."""
+        return self.directions.stream(name, self.step, side.k)
 
     def one_side(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], side: Side) -> Any:
         """The function with every parameter among its arguments moved to this side."""
@@ -173,6 +210,9 @@ class Perturbed(TorchFunctionMode):
         name = self.names.get(id(value))
         if name is None:
             return value
+        made = self._made[side].get(id(value)) if self._made else None
+        if made is not None:
+            return made
         out = torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
         self._move(name, value, side, 0, out.view(-1))
         return out
@@ -180,6 +220,8 @@ class Perturbed(TorchFunctionMode):
     def _move(self, name: str, value: torch.Tensor, side: Side, first: int, target: torch.Tensor) -> None:
         """Fills `target` with the moved elements of a parameter from number `first` on."""
         source, last = value.detach().reshape(-1), first + target.numel()
+        if kernels.add(self.stream(name, side), side.shift, source[first:last], first, target):
+            return
         for start, stop, u in self.directions.pieces(name, self.step, side.k, first, last, value.device):
             # float32 or better, and rounded once to the type of the weight.
             torch.add(source[start:stop], u, alpha=side.shift, out=target[start - first : stop - first])
@@ -200,8 +242,10 @@ class Perturbed(TorchFunctionMode):
     ) -> torch.Tensor:
         """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
-        rows = max(1, BLOCK // c)
+        rows = max(1, (DEVICE_BLOCK if weight.is_cuda else BLOCK) // c)
         rows -= rows % ALIGNED if rows > ALIGNED else 0
+        if rows >= m:
+            return F.linear(input, self.moved(weight, side), bias)
         # Given back at once: a model's memory is highest where activations meet, and not in here.
         block = weight.detach().new_empty(min(rows, m) * c)  # of the weight's own kind, in a forecast too
         autocast = torch.is_autocast_enabled(input.device.type)
@@ -227,6 +271,9 @@ class Perturbed(TorchFunctionMode):
             raise _writes(name or "an embedding with max_norm")
         if name is None:
             return func(input, weight, *args, **kwargs)
+        made_nc = kernels.add_rows(self.stream(name, side), side.shift, weight.detach(), input.flatten())
+        if made_nc is not None:
+            return made_nc.view(*input.shape, -1)
         rows_n, place = torch.unique(input, return_inverse=True)
         # Single rows cost more than rows one after another, which take a copy of the table.
         if 8 * len(rows_n) > len(weight) and weight.numel() <= BLOCK:

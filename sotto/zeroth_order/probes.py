@@ -45,6 +45,7 @@ from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side, require_deterministic
 from sotto.zeroth_order.prefix import Prefix, capture
 from sotto.zeroth_order.sides import Sides
+from sotto.zeroth_order.small import Small
 from sotto.zeroth_order.tangents import Tangents, derivatives
 
 Forward = Callable[[Batch], torch.Tensor]
@@ -98,6 +99,7 @@ class Prober:
             why = "every trainable weight has a direction, and no other"
             raise bad_argument("directions", sorted(directions.shapes)[:3], why, "make them from trainable(model)")
         require_deterministic(model)
+        self._smalls: dict[tuple[str, ...], Small] = {}
 
     # ---- the numbers
 
@@ -154,6 +156,12 @@ class Prober:
         """Name -> those parameters that a probe of this part moves."""
         return {name: p for name, p in self.parameters.items() if self.directions.part[name] == part}
 
+    def _small(self, moved: Mapping[str, nn.Parameter]) -> Small:
+        names = tuple(moved)
+        if names not in self._smalls:
+            self._smalls[names] = Small(moved, self.directions)
+        return self._smalls[names]
+
     def _losses(
         self,
         batch: Batch,
@@ -169,9 +177,9 @@ class Prober:
             if prefix is not None:
                 stack.enter_context(prefix.replay(repeats))
             if repeats == 1:
-                stack.enter_context(Perturbed(moved, self.directions, step, sides))
+                stack.enter_context(Perturbed(moved, self.directions, step, sides, self._small(moved)))
             else:
-                stack.enter_context(Sides(moved, self.directions, step, sides, rows))
+                stack.enter_context(Sides(moved, self.directions, step, sides, rows, self._small(moved)))
                 batch = {name: x.expand(repeats, *x.shape).flatten(0, 1) for name, x in batch.items()}
             losses = self.forward(batch)
         return list(_per_example(losses, repeats * rows).double().chunk(repeats))

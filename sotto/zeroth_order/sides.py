@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.perturb import Function, Perturbed, Side, name_of
+from sotto.zeroth_order.small import Small
 
 SMALL = 1 << 22
 """Elements of all sides of a matrix together, up to which they are made at once and multiplied as a batch."""
@@ -41,8 +42,9 @@ class Sides(Perturbed):
         step: int,
         sides: Sequence[Side],
         rows: int,
+        small: Small | None = None,
     ):
-        super().__init__(parameters, directions, step, sides)
+        super().__init__(parameters, directions, step, sides, small)
         self.rows = rows
 
     def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -34,6 +34,10 @@ class Tangents(Perturbed):
     def __init__(self, parameters: Mapping[str, torch.Tensor], directions: Directions, step: int, k: int):
         super().__init__(parameters, directions, step, [Side(k, 0.0)])
 
+    def stream(self, name: str, side: Side) -> None:
+        """A direction goes beside the weight and is not added to it."""
+        return
+
     def moved(self, value: Any, side: Side) -> Any:
         name = self.names.get(id(value))
         if name is None:

@@ -31,8 +31,10 @@ from torch import nn
 from sotto.config import RunSection
 from sotto.errors import SottoError
 from sotto.optim import learning_rate
-from sotto.zeroth_order import directions as directions_module
+from sotto.zeroth_order import entries as entries_module
+from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.perturb import DEVICE_BLOCK
 from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
 from sotto.zeroth_order.release import NAME
 
@@ -89,8 +91,9 @@ class Updates:
                 flat = {kind: held[name].view(-1) for kind, held in self.state.items()}
                 if self.anchor:
                     flat["anchor"] = self.anchor[name].view(-1)
-                for start in range(0, parameter.numel(), directions_module.CHUNK):
-                    at = slice(start, min(start + directions_module.CHUNK, parameter.numel()))
+                chunk = DEVICE_BLOCK if parameter.is_cuda else entries_module.CHUNK
+                for start in range(0, parameter.numel(), chunk):
+                    at = slice(start, min(start + chunk, parameter.numel()))
                     gradient = self._gradient(name, step, g_K, at, parameter)
                     self._apply(parameter.view(-1)[at], gradient, {k: x[at] for k, x in flat.items()}, step)
             decay = min(self.run.ema_decay, (1 + step) / (10 + step))
@@ -105,6 +108,10 @@ class Updates:
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
         for k, number in enumerate(numbers):
             g = (number - mean) / self.directions.root
+            stream = self.directions.stream(name, step, k)
+            exact = None if stream is None or stream.places is not None else stream  # not where products are rounded
+            if kernels.add(exact, g, total, at.start, total):
+                continue
             for start, stop, part in self.directions.pieces(name, step, k, at.start, at.stop, like.device):
                 total[start - at.start : stop - at.start].add_(part.to(like.dtype).mul_(g))
         return total

@@ -14,8 +14,9 @@ Shape legend: w words of a tensor, K directions of a step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,28 @@ import torch
 from sotto.zeroth_order import counter
 
 _ALL = 0xFFFFFFFF
+
+
+class Stream(NamedTuple):
+    """What the signs of one direction on one tensor follow from.
+
+    Attributes:
+      key, step, index: of the words, as for `counter.words`.
+      row: the number of the row of the matrix without its lowest five bits; -1 for signs that are the words alone.
+      low: the signs on 32 columns that those five bits give, as a word.
+      first_word: where the tensor begins in the matrix, in words.
+      places: the key of the words that say which sizes the entries have (`laws`); None for signs.
+      stretch: what the entries are multiplied with.
+    """
+
+    key: int
+    step: int
+    index: int
+    row: int = -1
+    low: int = 0
+    first_word: int = 0
+    places: int | None = None
+    stretch: float = 1.0
 
 
 class Rows:
@@ -74,6 +97,11 @@ class Rows:
             self._steps[step] = group, flips
         return self._steps[step]
 
+    def stream(self, name: str, key: int, step: int, k: int) -> Stream:
+        """A direction on a tensor, whose words have this key."""
+        place = self.row(step, k) >> 5, self._low(step, k), self._first_word[name]
+        return Stream(key, self.cycle(step), 0, *place)
+
     def signs(self, name: str, step: int, k: int, first: int, last: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """(w,) words `first` to `last` of a direction's signs on a tensor."""
         word_w = np.arange(first, last, dtype=np.int64) + self._first_word[name]
@@ -88,8 +116,12 @@ class Rows:
         return (common & 1) * _ALL ^ self._low(step, k)
 
     def _low(self, step: int, k: int) -> int:
-        """The signs on 32 columns whose number is a multiple of 32 and agrees with the row nowhere above its lowest
-        five bits."""
-        low = self.row(step, k) & 31
-        word = sum(((low & b).bit_count() & 1) << b for b in range(32))
+        word = _low_signs(self.row(step, k) & 31)
         return word ^ _ALL if self.is_flipped(step, k) else word
+
+
+@functools.cache
+def _low_signs(low: int) -> int:
+    """The signs on 32 columns whose number is a multiple of 32 and agrees with the row nowhere above its lowest five
+    bits, which are these."""
+    return sum(((low & b).bit_count() & 1) << b for b in range(32))

@@ -1,0 +1,170 @@
+"""Independent entries of the streams of a run: any of them, on any device, in any order.
+
+A stream belongs to a tensor and a role ("entry", or the two factors of a matrix of low rank); its entries are numbered.
+`laws` says what an entry is. On a CUDA device kernels make them (`kernels`), where they can.
+
+Shape legend: w words, r runs, n rows of c columns, b blocks of four words, L runs of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sotto.zeroth_order import counter, kernels, laws, walsh
+from sotto.zeroth_order.law import Law
+
+CHUNK = 1 << 18
+"""Entries made at a time: small enough for a processor's cache."""
+DEVICE_CHUNK = 1 << 22
+"""Entries made at a time on a GPU, where every operation takes a while to start, however little it does."""
+PIECE = 1 << 17
+"""Signs that are expanded from their bits at a time: small enough for the cache of one core."""
+_PLACES = " places"
+"""Ends the role of the stream that says where a role's sizes are in the table."""
+
+
+class Entries:
+    """Makes entries. It holds none."""
+
+    def __init__(self, key: str, law: Law, rows: walsh.Rows):
+        """
+        Args:
+          key: of the run.
+          law: of the directions, whose `entries` are made here.
+          rows: of the Walsh-Hadamard matrix that multiplies signs where the law is `orthogonal`.
+        """
+        self.law, self._key, self._rows = law, key, rows
+        self._room = torch.empty(PIECE)
+        self._keys: dict[tuple[str, str], int] = {}
+
+    def key(self, name: str, role: str) -> int:
+        if (name, role) not in self._keys:
+            self._keys[name, role] = counter.stream_key(self._key, name, role)
+        return self._keys[name, role]
+
+    def stream(self, name: str, role: str, step: int, k: int) -> walsh.Stream:
+        """What the entries of a direction follow from."""
+        key = self.key(name, role)
+        if self.law.kind == "orthogonal":
+            return self._rows.stream(name, key, step, k)
+        places = self.key(name, role + _PLACES) if self.law.entries == "gaussian" else None
+        return walsh.Stream(key, step, k, places=places)
+
+    def flat(
+        self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device
+    ) -> torch.Tensor:
+        """(stop - start,) float32 entries from number `start` on."""
+        made = kernels.entries(self.stream(name, role, step, k), start, stop, device)
+        if made is not None:
+            return made
+        chunk = chunk_on(device)
+        if stop - start <= chunk:
+            return self._chunk(name, role, step, k, start, stop, device)
+        out = torch.empty(stop - start, device=device)
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
+            out[begin - start : end - start] = self._chunk(name, role, step, k, begin, end, device)
+        return out
+
+    def pieces(
+        self, name: str, step: int, k: int, start: int, stop: int, stretch: float = 1.0
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Entries `start` to `stop` of a direction on the CPU, each part in one place that is used over and over.
+
+        Args:
+          stretch: what Gaussian entries are multiplied with.
+        """
+        first = start // laws.PER_WORD
+        words_w = self._words(name, "entry", step, k, first, -(-stop // laws.PER_WORD))
+        for w in range(0, len(words_w), PIECE // laws.PER_WORD):
+            some_w = words_w[w : w + PIECE // laws.PER_WORD]
+            at = laws.PER_WORD * (first + w)
+            laws.signs(some_w, self._room.numpy())
+            low, high = max(start, at), min(stop, at + laws.PER_WORD * len(some_w))
+            part = self._room[low - at : high - at]
+            self._give_sizes(part, name, "entry", step, k, low, stretch)
+            yield low, high, part
+
+    def rows(self, name: str, step: int, k: int, rows_n: torch.Tensor, columns: int) -> torch.Tensor:
+        """(n, c) entries of some rows of a matrix, on the device of their numbers."""
+        device, per_block = rows_n.device, counter.BLOCK * laws.PER_WORD
+        first_n = rows_n * columns
+        length = (columns + per_block - 2) // per_block + 1
+        block_nb = (first_n // per_block)[:, None] + torch.arange(length, device=device)
+        words = counter.blocks(self.key(name, "entry"), *self._counters(step, k), block_nb)
+        if self.law.kind == "orthogonal":
+            word_numbers = block_nb[..., None] * counter.BLOCK + torch.arange(counter.BLOCK, device=device)
+            words = words ^ self._rows.signs_on_device(name, step, k, word_numbers)
+        wide = laws.signs_on_device(words.flatten(1))
+        columns_c = torch.arange(columns, device=device)
+        part = wide.gather(1, (first_n % per_block)[:, None] + columns_c)
+        if self.law.entries == "gaussian":
+            part *= self._sizes_at(name, "entry", step, k, first_n[:, None] + columns_c)
+        return part
+
+    def squares(self, name: str, step: int, k: int, size: int) -> int:
+        """Sum of the squares of the first entries of a Gaussian direction, in units of `laws.SCALE`^2."""
+        return laws.squares(size, self._places(name, "entry", step, k, 0, size))
+
+    def _chunk(
+        self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device
+    ) -> torch.Tensor:
+        first, last = start // laws.PER_WORD, -(-stop // laws.PER_WORD)
+        at = slice(start - first * laws.PER_WORD, stop - first * laws.PER_WORD)
+        if device.type == "cpu":
+            words_w = self._words(name, role, step, k, first, last)
+            part = torch.from_numpy(laws.signs(words_w))[at]  # pyright: ignore[reportUnknownMemberType]
+            self._give_sizes(part, name, role, step, k, start)
+            return part
+        low = first // counter.BLOCK
+        block_n = torch.arange(low, -(-last // counter.BLOCK), device=device)
+        words = counter.blocks(self.key(name, role), *self._counters(step, k), block_n).flatten()
+        words = words[first - low * counter.BLOCK :][: last - first]
+        if self.law.kind == "orthogonal":
+            words = words ^ self._rows.signs_on_device(name, step, k, torch.arange(first, last, device=device))
+        part = laws.signs_on_device(words)[at]
+        if self.law.entries == "gaussian":
+            part = part * self._sizes_at(name, role, step, k, torch.arange(start, stop, device=device))
+        return part
+
+    def _counters(self, step: int, k: int) -> tuple[int, int]:
+        """Step and index of the words: a cycle of orthogonal directions has the same signs on its columns."""
+        return (self._rows.cycle(step), 0) if self.law.kind == "orthogonal" else (step, k)
+
+    def _words(self, name: str, role: str, step: int, k: int, first: int, last: int) -> counter.Words:
+        """The words of a stream, on the CPU; those of an orthogonal direction with the signs of its row."""
+        words_w = counter.words(self.key(name, role), *self._counters(step, k), first, last)
+        if self.law.kind == "orthogonal":
+            words_w ^= self._rows.signs(name, step, k, first, last)
+        return words_w
+
+    # ---- the sizes of Gaussian entries
+
+    def _places(self, name: str, role: str, step: int, k: int, start: int, stop: int) -> laws.Integers:
+        """(r,) where the sizes of the runs of these entries begin."""
+        runs = laws.runs(start, stop)
+        return laws.places(counter.words(self.key(name, role + _PLACES), step, k, runs.start, runs.stop)).astype("i8")
+
+    def _give_sizes(
+        self, part_e: torch.Tensor, name: str, role: str, step: int, k: int, start: int, stretch: float = 1.0
+    ) -> None:
+        if self.law.entries == "gaussian":
+            place_r = self._places(name, role, step, k, start, start + len(part_e))
+            laws.give_sizes(part_e.numpy(), start, place_r, stretch)
+
+    def _sizes_at(self, name: str, role: str, step: int, k: int, number_x: torch.Tensor) -> torch.Tensor:
+        """(x) float32 sizes of entries of any numbers, on their device. Entries in a row, of a row or of a tensor, are
+        few runs: a word for each entry would take longer than the entries."""
+        run_x = number_x // laws.RUN
+        runs = torch.unique(run_x)
+        words = counter.blocks(self.key(name, role + _PLACES), step, k, runs // counter.BLOCK)
+        place_r = laws.places(words.gather(1, (runs % counter.BLOCK)[:, None])[:, 0])
+        place_x = place_r[torch.searchsorted(runs, run_x)]
+        return laws.sizes_on(number_x.device)[place_x + number_x % laws.RUN]
+
+
+def chunk_on(device: torch.device) -> int:
+    """How many entries are made at a time."""
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK

@@ -1,0 +1,51 @@
+"""The small tensors of a model, moved all at once: a GPU takes longer to be told of one than to move it.
+
+Shape legend: e flat elements, of all tensors of a group one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.kernels import kernel_for
+
+LARGEST = 1 << 16
+"""Elements up to which a tensor is moved with others."""
+
+
+class Small:
+    """Those of a model's tensors that are moved together; none where there is no kernel for it (`kernels`)."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], directions: Directions):
+        """Chooses them. Their elements may change later, and nothing else about them."""
+        self._directions = directions
+        kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name, p in parameters.items():
+            stream = directions.stream(name, 0, 0) if p.numel() <= LARGEST else None
+            if kernel_for(stream, p) is not None and not isinstance(p.data, FakeTensor):
+                kinds.setdefault((p.device, p.dtype), []).append(name)
+        self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in kinds.values()]
+
+    def moved(self, step: int, k: int, shift: float) -> dict[int, torch.Tensor]:
+        """id of a parameter -> a new tensor, the parameter + shift * u; of those alone that are here."""
+        found: dict[int, torch.Tensor] = {}
+        for group in self._groups:
+            stream = self._directions.stream(group.first, step, k)
+            flat_e = torch.cat([p.detach().reshape(-1) for p in group.tensors])
+            parts = group.kernel.add_many(stream, shift, flat_e, group.tables).split(group.sizes)
+            found |= {id(p): part.view(p.shape) for p, part in zip(group.tensors, parts, strict=True)}
+        return found
+
+
+class _Group:
+    """Tensors of one type on one device."""
+
+    def __init__(self, names: list[str], tensors: list[torch.Tensor], directions: Directions):
+        streams = [directions.stream(name, 0, 0) for name in names]
+        self.first, self.tensors, self.sizes = names[0], tensors, [p.numel() for p in tensors]
+        self.kernel = kernel_for(streams[0], tensors[0])
+        self.tables = self.kernel.tables(streams, self.sizes, tensors[0].device)
