@@ -35,7 +35,7 @@ from sotto.optim import Optimizer
 from sotto.privacy.discrete import Below
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.engine import ZerothOrder
-from sotto.zeroth_order.entries import chunk_on
+from sotto.zeroth_order.entries import DEVICE_CHUNK, PIECE
 
 UNITS = 3
 """Units in the smaller of the two traces that a microbatch is followed from; as many as the first check takes."""
@@ -253,7 +253,7 @@ class _NoDirections(Directions):
     def pieces(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        chunk = chunk_on(device)
+        chunk = PIECE if device.type == "cpu" else DEVICE_CHUNK
         for begin in range(start, stop, chunk):
             end = min(begin + chunk, stop)
             yield begin, end, self.slice(name, step, k, begin, end, device)

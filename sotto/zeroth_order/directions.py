@@ -184,13 +184,14 @@ class Directions:
         What goes through memory once, and not through a cache, costs most of the time of a moved weight. So signs are
         made in one small place, over and over.
         """
-        stream, chunk = self.stream(name, step, k), chunk_on(device)
+        stream = self.stream(name, step, k)
+        if stream is not None and device.type == "cpu":
+            yield from self._made.pieces(name, step, k, start, stop, stream.stretch)
+            return
+        chunk = chunk_on(device)
         for begin in range(start, stop, chunk):
             end = min(begin + chunk, stop)
-            if stream is None or device.type != "cpu":
-                yield begin, end, self.slice(name, step, k, begin, end, device)
-            else:
-                yield from self._made.pieces(name, step, k, begin, end, stream.stretch)
+            yield begin, end, self.slice(name, step, k, begin, end, device)
 
     def stream(self, name: str, step: int, k: int) -> walsh.Stream | None:
         """What a direction on a tensor follows from; None where it is more than its entries, or less."""

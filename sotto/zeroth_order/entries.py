@@ -15,12 +15,13 @@ import torch
 from sotto.zeroth_order import counter, kernels, laws, walsh
 from sotto.zeroth_order.law import Law
 
-CHUNK = 1 << 18
-"""Entries made at a time: small enough for a processor's cache."""
+CHUNK = 1 << 20
+"""Entries made at a time. Their words take little room, and to begin with them takes as long as thousands of them."""
 DEVICE_CHUNK = 1 << 22
 """Entries made at a time on a GPU, where every operation takes a while to start, however little it does."""
 PIECE = 1 << 17
 """Signs that are expanded from their bits at a time: small enough for the cache of one core."""
+_RUN_BITS = laws.RUN.bit_length() - 1
 _PLACES = " places"
 """Ends the role of the stream that says where a role's sizes are in the table."""
 
@@ -76,16 +77,20 @@ class Entries:
         Args:
           stretch: what Gaussian entries are multiplied with.
         """
-        first = start // laws.PER_WORD
-        words_w = self._words(name, "entry", step, k, first, -(-stop // laws.PER_WORD))
-        for w in range(0, len(words_w), PIECE // laws.PER_WORD):
-            some_w = words_w[w : w + PIECE // laws.PER_WORD]
-            at = laws.PER_WORD * (first + w)
-            laws.signs(some_w, self._room.numpy())
-            low, high = max(start, at), min(stop, at + laws.PER_WORD * len(some_w))
-            part = self._room[low - at : high - at]
-            self._give_sizes(part, name, "entry", step, k, low, stretch)
-            yield low, high, part
+        for begin in range(start, stop, CHUNK):
+            end = min(begin + CHUNK, stop)
+            first = begin // laws.PER_WORD
+            words_w = self._words(name, "entry", step, k, first, -(-end // laws.PER_WORD))
+            sizes = self._sizes(name, "entry", step, k, begin, end)
+            for w in range(0, len(words_w), PIECE // laws.PER_WORD):
+                some_w = words_w[w : w + PIECE // laws.PER_WORD]
+                at = laws.PER_WORD * (first + w)
+                laws.signs(some_w, self._room.numpy())
+                low, high = max(begin, at), min(end, at + laws.PER_WORD * len(some_w))
+                part = self._room[low - at : high - at]
+                if sizes is not None:
+                    sizes.give(part.numpy(), low, stretch)
+                yield low, high, part
 
     def rows(self, name: str, step: int, k: int, rows_n: torch.Tensor, columns: int) -> torch.Tensor:
         """(n, c) entries of some rows of a matrix, on the device of their numbers."""
@@ -101,12 +106,13 @@ class Entries:
         columns_c = torch.arange(columns, device=device)
         part = wide.gather(1, (first_n % per_block)[:, None] + columns_c)
         if self.law.entries == "gaussian":
-            part *= self._sizes_at(name, "entry", step, k, first_n[:, None] + columns_c)
+            part *= self._sizes_of_rows(name, step, k, first_n, columns_c)
         return part
 
     def squares(self, name: str, step: int, k: int, size: int) -> int:
         """Sum of the squares of the first entries of a Gaussian direction, in units of `laws.SCALE`^2."""
-        return laws.squares(size, self._places(name, "entry", step, k, 0, size))
+        sizes = self._sizes(name, "entry", step, k, 0, size)
+        return 0 if sizes is None else sizes.squares(size)
 
     def _chunk(
         self, name: str, role: str, step: int, k: int, start: int, stop: int, device: torch.device
@@ -116,7 +122,9 @@ class Entries:
         if device.type == "cpu":
             words_w = self._words(name, role, step, k, first, last)
             part = torch.from_numpy(laws.signs(words_w))[at]  # pyright: ignore[reportUnknownMemberType]
-            self._give_sizes(part, name, role, step, k, start)
+            sizes = self._sizes(name, role, step, k, start, stop)
+            if sizes is not None:
+                sizes.give(part.numpy(), start)
             return part
         low = first // counter.BLOCK
         block_n = torch.arange(low, -(-last // counter.BLOCK), device=device)
@@ -126,7 +134,8 @@ class Entries:
             words = words ^ self._rows.signs_on_device(name, step, k, torch.arange(first, last, device=device))
         part = laws.signs_on_device(words)[at]
         if self.law.entries == "gaussian":
-            part = part * self._sizes_at(name, role, step, k, torch.arange(start, stop, device=device))
+            at_n, columns_c = torch.tensor([start], device=device), torch.arange(stop - start, device=device)
+            part = part * self._sizes_of_rows(name, step, k, at_n, columns_c, role)[0]
         return part
 
     def _counters(self, step: int, k: int) -> tuple[int, int]:
@@ -142,27 +151,25 @@ class Entries:
 
     # ---- the sizes of Gaussian entries
 
-    def _places(self, name: str, role: str, step: int, k: int, start: int, stop: int) -> laws.Integers:
-        """(r,) where the sizes of the runs of these entries begin."""
+    def _sizes(self, name: str, role: str, step: int, k: int, start: int, stop: int) -> laws.Sizes | None:
+        """Those of some entries of a stream; None where entries are signs."""
+        if self.law.entries != "gaussian":
+            return None
         runs = laws.runs(start, stop)
-        return laws.places(counter.words(self.key(name, role + _PLACES), step, k, runs.start, runs.stop)).astype("i8")
+        return laws.Sizes(runs, counter.words(self.key(name, role + _PLACES), step, k, runs.start, runs.stop))
 
-    def _give_sizes(
-        self, part_e: torch.Tensor, name: str, role: str, step: int, k: int, start: int, stretch: float = 1.0
-    ) -> None:
-        if self.law.entries == "gaussian":
-            place_r = self._places(name, role, step, k, start, start + len(part_e))
-            laws.give_sizes(part_e.numpy(), start, place_r, stretch)
-
-    def _sizes_at(self, name: str, role: str, step: int, k: int, number_x: torch.Tensor) -> torch.Tensor:
-        """(x) float32 sizes of entries of any numbers, on their device. Entries in a row, of a row or of a tensor, are
-        few runs: a word for each entry would take longer than the entries."""
-        run_x = number_x // laws.RUN
-        runs = torch.unique(run_x)
-        words = counter.blocks(self.key(name, role + _PLACES), step, k, runs // counter.BLOCK)
-        place_r = laws.places(words.gather(1, (runs % counter.BLOCK)[:, None])[:, 0])
-        place_x = place_r[torch.searchsorted(runs, run_x)]
-        return laws.sizes_on(number_x.device)[place_x + number_x % laws.RUN]
+    def _sizes_of_rows(
+        self, name: str, step: int, k: int, first_n: torch.Tensor, columns_c: torch.Tensor, role: str = "entry"
+    ) -> torch.Tensor:
+        """(n, c) float32 sizes of entries, of which row n has `len(columns_c)` from number `first_n` on."""
+        run_nL = (first_n // laws.RUN)[:, None] + torch.arange(
+            (len(columns_c) + laws.RUN - 2) // laws.RUN + 1, device=first_n.device
+        )
+        words_nL4 = counter.blocks(self.key(name, role + _PLACES), step, k, run_nL // counter.BLOCK)
+        place_nL = laws.places(words_nL4.gather(2, (run_nL % counter.BLOCK)[..., None])[..., 0])
+        number_nc = (first_n % laws.RUN)[:, None] + columns_c
+        place_nc = place_nL.gather(1, number_nc >> _RUN_BITS)
+        return laws.sizes_on(first_n.device)[place_nc + (number_nc & laws.RUN - 1)]
 
 
 def chunk_on(device: torch.device) -> int:

@@ -13,7 +13,6 @@ import importlib.util
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -102,9 +101,8 @@ def agree(kernel: Any, device: torch.device) -> bool:
             entries = laws.signs(words_w)[:n]
             if kind == "gaussian":
                 streams[name] = walsh.Stream(key, draw, index, places=key ^ 1, stretch=0.5)
-                drawn = counter.words(key ^ 1, draw, index, 0, len(laws.runs(0, n)))
-                laws.give_sizes(entries, 0, laws.places(drawn).astype("i8"))
-                entries = entries * np.float32(0.5)
+                runs = laws.runs(0, n)
+                laws.Sizes(runs, counter.words(key ^ 1, draw, index, 0, runs.stop)).give(entries, 0, 0.5)
             expected[name] = torch.tensor(entries)
         if not _agree_on(kernel, device, streams, expected, 1e-6 if kind == "gaussian" else 0.0):
             return False

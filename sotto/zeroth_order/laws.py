@@ -85,26 +85,32 @@ def stretched(stretch: float) -> _Floats:
     return _sizes_from_any_place() * np.float32(stretch)
 
 
-def give_sizes(signs_e: _Floats, start: int, place_r: Integers, stretch: float = 1.0) -> None:
-    """Turns signs into entries of the law `gaussian` times a number, in place.
+class Sizes:
+    """The sizes of the entries in some runs, on the CPU."""
 
-    Args:
-      signs_e: of the entries from number `start` on.
-      place_r: of the runs that these entries are in.
-    """
-    table, stop = stretched(stretch), start + len(signs_e)
-    for place, run in zip(place_r.tolist(), runs(start, stop), strict=True):
-        first, last = max(start, run * RUN), min(stop, (run + 1) * RUN)
-        part_e, skip = signs_e[first - start : last - start], place + first - run * RUN
-        np.multiply(part_e, table[skip : skip + last - first], out=part_e)
+    def __init__(self, runs: range, words_r: counter.Words):
+        """
+        Args:
+          runs: their numbers, one after another.
+          words_r: a word for each of them, which says where its sizes begin in the table.
+        """
+        self._runs, self._place_r = runs, places(words_r).astype(np.int64)
 
+    def give(self, signs_e: _Floats, start: int, stretch: float = 1.0) -> None:
+        """Turns signs, of the entries from number `start` on, into entries times a number; in place."""
+        table, stop = stretched(stretch), start + len(signs_e)
+        for run in runs(start, stop):
+            first, last = max(start, run * RUN), min(stop, (run + 1) * RUN)
+            part_e = signs_e[first - start : last - start]
+            skip = int(self._place_r[run - self._runs.start]) + first - run * RUN
+            np.multiply(part_e, table[skip : skip + last - first], out=part_e)
 
-def squares(size: int, place_r: Integers) -> int:
-    """Sum of the squares of the first `size` entries, in units of `SCALE`^2."""
-    ends_r = place_r + np.minimum(RUN, size - RUN * np.arange(len(place_r)))
-    found_r = _squares()[ends_r] - _squares()[place_r]
-    # Each is below 2^56, their sum need not fit into 64 bits.
-    return (int((found_r >> 28).sum()) << 28) + int((found_r & ((1 << 28) - 1)).sum())
+    def squares(self, size: int) -> int:
+        """Sum of the squares of the first `size` entries of the first of the runs on, in units of `SCALE`^2."""
+        ends_r = self._place_r + np.minimum(RUN, size - RUN * np.arange(len(self._place_r)))
+        found_r = _squares()[ends_r] - _squares()[self._place_r]
+        # Each is below 2^56, their sum need not fit into 64 bits.
+        return (int((found_r >> 28).sum()) << 28) + int((found_r & ((1 << 28) - 1)).sum())
 
 
 @functools.cache
