@@ -97,8 +97,11 @@ def init(
 ) -> None:
     """Print a commented configuration for a model and a data file."""
     from sotto import commands
+    from sotto.initialise import note_on
 
     print(commands.init(model, data, text, label, unit, epsilon, prompt, completion))
+    if note := note_on(model):
+        print(note, file=sys.stderr)
 
 
 @app.command()

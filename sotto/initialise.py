@@ -65,8 +65,15 @@ def write_yaml(
     values["method"] = {"train": "lora", "clip_norm": 1.0}
     values["run"] = {"expected_batch_size": batch, "epochs": 10, "learning_rate": 1e-3}
     values["output"] = {"dir": "runs"}
-    config = Config.from_dict(values)
+    config = config_file.validate(Config, values, config_file.Source(name="sotto init"))
     return render(config, values, Path(data).stem)
+
+
+def note_on(model: str) -> str | None:
+    """What is worth saying of the model's name before a run looks for it."""
+    if Path(model).is_dir():
+        return None
+    return f"note: there is no folder '{model}' here, so a run takes it for the name of a model on the Hub"
 
 
 def _pooling(model: str) -> str:

@@ -232,6 +232,26 @@ def test_init_quotes_what_yaml_would_misread(
     assert config.data.label == "the: label"
 
 
+def test_init_says_that_a_model_is_no_folder_and_where_a_value_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_runs.write_csv(tmp_path / "notes.csv", tiny_runs.rows())
+    words = ["init", "--data", str(data), *TASKS["classification"]]
+    here = tmp_path / "model"
+    here.mkdir()
+    for model, said in ((here, ""), ("all-MiniLM", "note: there is no folder 'all-MiniLM' here")):
+        monkeypatch.setattr(sys, "argv", ["sotto", *words, "--model", str(model)])
+        cli.main()
+        printed = capsys.readouterr()
+        assert printed.err.startswith(said)
+        assert bool(printed.err) == bool(said)
+        assert printed.out.startswith("# sotto train notes.yaml")
+    monkeypatch.setattr(sys, "argv", ["sotto", *words, "--model", str(here), "--epsilon", "-1"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "sotto init (privacy.epsilon)" in capsys.readouterr().err
+
+
 def test_an_interrupt_before_anything_is_on_disk(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
