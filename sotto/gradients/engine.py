@@ -67,6 +67,7 @@ class Engine:
         """Names of parameters that have come through a tapped operation."""
         self.calls = 0
         self._bad_inputs: list[torch.Tensor] = []
+        self._parameters: dict[str, nn.Parameter] | None = None
         self._attached = False
         self._attach()
 
@@ -112,6 +113,8 @@ class Engine:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name; tied ones once, under their first name."""
+        if self._parameters is not None:
+            return self._parameters
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -162,6 +165,7 @@ class Engine:
         """
         self._check_call(losses, units)
         self._refresh_names()
+        self._parameters = self.parameters  # a pass asks for them several times
         rows = Rows.build(len(losses), units, losses.device)
         try:
             # Saved activations come with their graph: what is computed from them here must not keep it alive.
@@ -170,6 +174,7 @@ class Engine:
                 sites.promote(self)
                 return total
         finally:
+            self._parameters = None
             self.state.forget()
 
     def _check_call(self, losses: torch.Tensor, units: torch.Tensor | None) -> None:

@@ -101,9 +101,11 @@ class Instantiated:
         # In short runs, because a single sum of many millions in float32 loses digits.
         flat, run = self.grad_U.flatten(1), 4096
         whole = flat.shape[1] // run * run
-        norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, run)), dim=2).double()
-        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1).double()
-        return norms.square().sum(1) + rest.square()
+        squared_U = torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square()
+        if whole:
+            norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, run)), dim=2).double()
+            squared_U += norms.square().sum(1)
+        return squared_U
 
     def weighted_sum(self, factor_U: torch.Tensor, rows: Rows, bad_U: torch.Tensor | None) -> torch.Tensor:
         shape = self.grad_U.shape[1:]
@@ -138,7 +140,7 @@ class Factored:
         a, g = rows.concatenate(wide(self.a_BTd)), rows.concatenate(wide(self.g_BTp))
         if a.shape[1] == 1:
             return a.square().sum((1, 2)) * g.square().sum((1, 2))
-        total_U, size_U = torch.zeros_like(a[:, 0, 0]), torch.zeros_like(a[:, 0, 0])
+        total_U, size_U = a.new_zeros(len(a)), a.new_zeros(len(a))
         blocks = list(zip(a.split(BLOCK, 1), g.split(BLOCK, 1), strict=True))
         for i, (a_i, g_i) in enumerate(blocks):
             for j, (a_j, g_j) in enumerate(blocks[: i + 1]):  # the Gram matrices are symmetric: half of them is enough
