@@ -138,7 +138,7 @@ def test_an_autoencoder_of_random_numbers_keeps_no_more_than_its_share(autoencod
 
 
 def test_the_autoencoder_is_the_same_for_the_same_key(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sotto.federated.autoencoder.STEPS", 100)
+    monkeypatch.setattr("sotto.federated.autoencoder.STEPS", 20)
     one, again, other = (Autoencoder(2048, 256, key, 1.0) for key in ("key", "key", "another"))
     update = torch.randn(2048)
     assert torch.equal(again.encode(update, 0), one.encode(update, 0))

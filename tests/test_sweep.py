@@ -339,7 +339,10 @@ REFUSED = [
 def test_what_has_no_bound_is_refused(
     over: Any, changes: Any, public: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(selection, "draw_trials", lambda mean, law: 1)  # where it is not refused, this ends soon
+    def began(*_: Any) -> None:
+        raise AssertionError("a trial began")
+
+    monkeypatch.setattr(sweeping, "_one", began)
     with pytest.raises(SottoError, match="SOT495"):
         sweeping.sweep(config(tmp_path, **changes), over, public_eval=public)
     assert not (tmp_path / "runs").exists()
