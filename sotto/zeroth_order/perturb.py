@@ -94,6 +94,10 @@ class Side(NamedTuple):
     shift: float
 
 
+# Made once: a union of types in each question would take longer than the answer.
+_SEQUENCES, _NESTED = (tuple, list), (tuple, list, dict)
+
+
 def name_of(function: Function) -> str:
     return getattr(function, "__name__", "")
 
@@ -101,7 +105,7 @@ def name_of(function: Function) -> str:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, tuple | list):
+    if isinstance(value, _SEQUENCES):
         return [t for part in value for t in tensors_in(part)]
     return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
 
@@ -115,7 +119,7 @@ def found_in(values: Iterable[Any], ids: Container[int]) -> list[int]:
     for value in values:
         if id(value) in ids:
             found.append(id(value))
-        elif isinstance(value, tuple | list | dict):
+        elif isinstance(value, _NESTED):
             found += [id(t) for t in tensors_in(value) if id(t) in ids]
     return found
 
@@ -201,7 +205,7 @@ class Perturbed(TorchFunctionMode):
             return self.moved(value, side) if id(value) in self.names else value
         if isinstance(value, dict):
             return {key: self._move_all(part, side) for key, part in value.items()}
-        if isinstance(value, tuple | list) and any(id(t) in self.names for t in tensors_in(value)):
+        if isinstance(value, _SEQUENCES) and any(id(t) in self.names for t in tensors_in(value)):
             return type(value)(self._move_all(part, side) for part in value)
         return value
 
