@@ -422,5 +422,9 @@ def test_bad_arguments(bad):
     assert caught.value.fix
 
 
+def test_logs_of_signs_do_not_ask_for_the_runs_of_sizes():
+    assert {law.kind for law in ALL if "run" in make(law).spec()} == {"gaussian", "sphere"}
+
+
 def test_keys_are_fresh():
     assert len({directions.new_key() for _ in range(100)}) == 100

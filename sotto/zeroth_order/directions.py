@@ -17,9 +17,9 @@ The laws, all with mean zero and E[u u^T] = I over the entries that are trained:
   every tensor; each tensor that is not so adds at most that number to a product of two directions of length sqrt(d).
   Those of different steps are orthogonal exactly where d is a power of two, and nearly elsewhere.
 
-`rank` > 0 replaces the direction of every matrix by U V^T / sqrt(rank), U and V with independent entries (as LOZO, Chen
-et al. 2024, arXiv:2410.07698); the covariance of the matrix' entries is still the identity. A mask keeps the named
-entries and drops all others, as sparse zeroth-order methods do; it must not depend on private data.
+`rank` > 0 replaces the direction of every matrix by U V^T / sqrt(rank), U and V drawn apart, with entries of the law
+(as LOZO, Chen et al. 2024, arXiv:2410.07698); the covariance of the matrix' entries is still the identity. A mask keeps
+the named entries and drops all others, as sparse zeroth-order methods do; it must not depend on private data.
 
 The first axis of a tensor in `classes` runs over classes whose scores go into a softmax. A number that is added to all
 scores changes no loss, so every gradient adds up to zero over the classes, and so do the directions: none is spent on
@@ -298,8 +298,9 @@ class Directions:
             "classes": sorted(self.classes),
             "centred": self.centred,
             "rows": self._rows.count if self.law.kind == "orthogonal" else 0,
-            "run": laws.RUN if self.law.entries == "gaussian" else 0,
         }
+        if self.law.entries == "gaussian":
+            spec["run"] = laws.RUN  # not in the record of signs, of which older logs stay good
         return spec if self.parts == 1 else {**spec, "parts": self.parts}
 
 

@@ -1,4 +1,4 @@
-"""Independent entries of the streams of a run: any of them, on any device, in any order.
+"""The entries of the streams of a run: any of them, on any device, in any order.
 
 A stream belongs to a tensor and a role ("entry", or the two factors of a matrix of low rank); its entries are numbered.
 `laws` says what an entry is. On a CUDA device kernels make them (`kernels`), where they can.
