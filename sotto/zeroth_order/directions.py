@@ -247,7 +247,7 @@ class Directions:
         basis of what adds up to zero. Added up from the last class to the first, in one order on every device."""
         shape = self.shapes[name]
         drawn = self._entries(name, "entry", step, k, 0, self._drawn(name), device).view(shape[0] - 1, *shape[1:])
-        out_Cx, later_x = torch.empty(shape, device=drawn.device), torch.zeros(shape[1:], device=drawn.device)
+        out_Cx, later_x = drawn.new_empty(shape), drawn.new_zeros(shape[1:])
         for i in range(shape[0] - 1, 0, -1):
             part = drawn[i - 1].mul(1 / math.sqrt(i * (i + 1)))
             out_Cx[i] = later_x.sub(part.mul(float(i)))
@@ -306,7 +306,7 @@ class Directions:
 
 def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:
     """U V^T, added up in one order on every device."""
-    out = torch.zeros(u_nr.shape[0], v_cr.shape[0], device=u_nr.device)
+    out = u_nr.new_zeros(u_nr.shape[0], v_cr.shape[0])
     for j in range(u_nr.shape[1]):
         out += u_nr[:, j, None] * v_cr[:, j]
     return out
