@@ -72,6 +72,8 @@ class Answers:
             return 0
         if name == "addmm" and first == 0 and 0 in (second, self.of(args[2])):
             return 0
+        if first is None and name == "sum" and args[0].dtype is torch.bool:
+            first = True  # what is counted is there
         if first is None:
             return None
         if name in ("all", "any", *_SHAPES):

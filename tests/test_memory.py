@@ -308,6 +308,15 @@ def test_a_row_of_a_model_with_a_large_table(tmp_path: Path, kind: str, gradient
         assert row.forecast.peak > 4 * 40_000 * 32
 
 
+@pytest.mark.parametrize("vocabulary", [64, 40_000])
+def test_a_forecast_takes_masks_of_weights_that_nobody_has_read(tmp_path: Path, vocabulary: int) -> None:
+    config = config_only(tmp_path, "bert", 2, "full", "zeroth_order", microbatch_size=2)
+    large = BertConfig(**{**DEEP, "vocab_size": vocabulary}, num_hidden_layers=2)
+    (tmp_path / "config.json").write_text(large.to_json_string(use_diff=False))
+    masked = MemoryLaw(config.with_overrides(["method.zeroth_preset=dpzopo"]), CPU).at(2)
+    assert masked.peak > MemoryLaw(config, CPU).at(2).peak
+
+
 def test_a_row_that_cannot_be_trained_says_why(tmp_path: Path) -> None:
     config = config_only(tmp_path, "llama", 2, "lora", "ghost", microbatch_size=2)
     row = memory_budget._row(config, CPU, "bitfit", "ghost", 2, memory_budget.Budget.of(config, CPU))

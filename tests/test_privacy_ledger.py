@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,7 @@ import pytest
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.privacy import accounting, chain
 from sotto.privacy.accounting import Gaussian, PoissonGaussian
+from sotto.privacy.events import PoissonLaplace
 from sotto.privacy.ledger import Ledger, ledger_dir
 
 EVENT = PoissonGaussian(1.0, 0.01)
@@ -68,6 +70,31 @@ def test_counts_survive(ledger):
     ledger.close_run("a")
     assert reopen(ledger).outstanding() == []
     assert reopen(ledger).events() == [(EVENT, 6)]
+
+
+def test_runs_of_both_relations_add_up_where_noise_has_no_accountant_under_one(tmp_path):
+    """A pure run and one under replace_one, of the same people: an epsilon for both, never below the truth."""
+    pure, gauss = PoissonLaplace(2.0, 0.5), Gaussian(4.0)
+    ledger = Ledger.open("clinic", tmp_path / "ledger")
+    ledger.open_run("pure", pure, 3, delta=1e-5)
+    for step in range(3):
+        ledger.reserve("pure", step, pure)
+
+    def log_density(z: float, at: float) -> float:  # of a sum that the unit is part of half the time
+        return math.log(0.5 * math.exp(-abs(z) / 2) + 0.5 * math.exp(-abs(z - at) / 2))
+
+    truth = 3 * max(log_density(z, 1) - log_density(z, -1) for z in (x / 10 for x in range(-50, 51)))
+    found = ledger.spent(1e-5, "replace_one")
+    assert 3 * pure.pure_epsilon < truth < found < 1.3 * truth
+    ledger.open_run("gauss", gauss, 2, delta=1e-5, neighboring_relation="replace_one")
+    for step in range(2):
+        ledger.reserve("gauss", step, gauss)
+    other = accounting.composed_epsilon([(gauss, 2)], 1e-5, "replace_one")
+    assert ledger.spent(1e-5, "replace_one") == pytest.approx(found + other, rel=1e-9)
+    ledger.set_budget(found + other + 0.01, 1e-5, "replace_one")
+    assert ledger.summary()["spent"] == pytest.approx(found + other, rel=1e-9)
+    with pytest.raises(BudgetExceeded):
+        ledger.open_run("more", gauss, 1, delta=1e-5, neighboring_relation="replace_one")
 
 
 def test_files_are_for_their_owner_only(ledger):

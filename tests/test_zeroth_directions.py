@@ -422,5 +422,24 @@ def test_bad_arguments(bad):
     assert caught.value.fix
 
 
+def test_logs_of_signs_do_not_ask_for_the_runs_of_sizes():
+    assert {law.kind for law in ALL if "run" in make(law).spec()} == {"gaussian", "sphere"}
+
+
+def test_another_default_type_changes_nothing():
+    classes = {"w": torch.Size((3, 50))}
+    made = [(make(law), "matrix") for law in ALL] + [(make(Law("sphere"), shapes=classes, classes=["w"]), "w")]
+    expected = [one.tensor(name, 2, 1) for one, name in made]
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = [(make(law), "matrix") for law in ALL] + [(make(Law("sphere"), shapes=classes, classes=["w"]), "w")]
+        for (one, name), x in zip(again, expected, strict=True):
+            assert torch.equal(one.tensor(name, 2, 1), x)
+            pieces = [part.clone() for _, _, part in one.pieces(name, 2, 1, 0, x.numel(), x.device)]
+            assert torch.equal(torch.cat(pieces), x.flatten())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_keys_are_fresh():
     assert len({directions.new_key() for _ in range(100)}) == 100

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sotto.zeroth_order import kernels, walsh
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import Law
-from sotto.zeroth_order.small import Small
+from sotto.zeroth_order.small import LARGEST, Small
 
 IN_THE_INTERPRETER = """
 import torch
@@ -58,6 +59,17 @@ def test_the_processor_needs_no_kernel():
     assert kernels.add_rows(stream, 1.0, w, torch.tensor([0])) is None
     assert kernels.entries(stream, 0, 5, torch.device("cpu")) is None
     assert Small({"w": w}, made).moved(0, 0, 1.0) == {}
+
+
+def test_a_forecast_holds_the_small_tensors_that_are_moved_together(monkeypatch):
+    monkeypatch.setattr(kernels, "_installed", lambda: "kernels that nobody runs")
+    made = Directions("0" * 32, {"w": torch.Size((5, 7)), "v": torch.Size((LARGEST + 1,))}, 2, Law("rademacher"))
+    meta = {name: torch.empty(shape, device="meta") for name, shape in made.shapes.items()}
+    fake = FakeTensorMode()
+    weights = {n: torch.nn.Parameter(FakeTensor(fake, x, torch.device("cuda:0"))) for n, x in meta.items()}
+    (moved,) = Small(weights, made).moved(0, 0, 1.0).values()
+    assert moved.shape == (5, 7)
+    assert moved.is_cuda
 
 
 class Wrong:

@@ -37,6 +37,15 @@ def make(kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None
     return Updates(dict(net.named_parameters()), Directions(key, shapes, K, Law("gaussian")), run, STEPS, preset)
 
 
+def test_how_a_weight_lies_in_memory_changes_nothing():
+    plain, turned = model(), model()
+    turned[0].weight = nn.Parameter(turned[0].weight.detach().t().contiguous().t())
+    assert not turned[0].weight.is_contiguous()
+    for net in (plain, turned):
+        make("adamw", net).step({NAME: numbers()[0]}, 0)
+    assert torch.equal(weights(plain), weights(turned))
+
+
 def test_centred_numbers_lose_their_mean_and_are_worth_one_direction_less():
     net = model(torch.float64)
     shapes = {name: p.shape for name, p in net.named_parameters()}

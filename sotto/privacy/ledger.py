@@ -18,7 +18,15 @@ from typing import Any
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.privacy import accounting
 from sotto.privacy.chain import Chain, Entry
-from sotto.privacy.events import Event, check_count, check_number, check_relation, event_from_dict
+from sotto.privacy.events import (
+    Event,
+    Laplace,
+    PoissonLaplace,
+    check_count,
+    check_number,
+    check_relation,
+    event_from_dict,
+)
 
 
 def ledger_dir() -> Path:
@@ -263,7 +271,7 @@ class Ledger:
 
     def spent(self, delta: float, neighboring_relation: str = "add_or_remove_one") -> float:
         """Epsilon, at `delta`, of everything charged: an upper bound, composed by events and not by adding epsilons."""
-        return accounting.composed_epsilon(self.events(), delta, neighboring_relation)
+        return _together(self.events(), delta, neighboring_relation)
 
     @property
     def secretive(self) -> bool:
@@ -305,7 +313,7 @@ class Ledger:
             return
         epsilon, delta = self._budget
         planned = self.outstanding()
-        total = accounting.composed_epsilon([*self.events(), *planned, (event, steps)], delta, self._budget_relation)
+        total = _together([*self.events(), *planned, (event, steps)], delta, self._budget_relation)
         if total <= epsilon:
             return
         waiting = [f"{name} ({run.outstanding} steps)" for name, run in self._runs.items() if run.outstanding]
@@ -361,3 +369,17 @@ class Ledger:
             self._budget_relation = check_relation(entry["neighboring_relation"])
         else:
             raise ValueError(f"unknown kind {kind!r}")
+
+
+def _together(events: list[tuple[Event, int]], delta: float, relation: str) -> float:
+    """Epsilon of runs of any kind, also of those that promised something under the other relation.
+
+    No accountant is known to be right for Laplace noise under `replace_one`. Its epsilon is pure there too, and at most
+    twice as large: one unit goes, and then another comes. A pure epsilon adds to that of the other events at their
+    delta, in whatever order they were released.
+    """
+    pure = [(e, n) for e, n in events if isinstance(e, Laplace | PoissonLaplace)]
+    if relation != "replace_one" or not pure:
+        return accounting.composed_epsilon(events, delta, relation)
+    rest = [(e, n) for e, n in events if not isinstance(e, Laplace | PoissonLaplace)]
+    return accounting.composed_epsilon(rest, delta, relation) + 2 * accounting.pure_epsilon(pure)

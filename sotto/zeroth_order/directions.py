@@ -17,9 +17,9 @@ The laws, all with mean zero and E[u u^T] = I over the entries that are trained:
   every tensor; each tensor that is not so adds at most that number to a product of two directions of length sqrt(d).
   Those of different steps are orthogonal exactly where d is a power of two, and nearly elsewhere.
 
-`rank` > 0 replaces the direction of every matrix by U V^T / sqrt(rank), U and V with independent entries (as LOZO, Chen
-et al. 2024, arXiv:2410.07698); the covariance of the matrix' entries is still the identity. A mask keeps the named
-entries and drops all others, as sparse zeroth-order methods do; it must not depend on private data.
+`rank` > 0 replaces the direction of every matrix by U V^T / sqrt(rank), U and V drawn apart, with entries of the law
+(as LOZO, Chen et al. 2024, arXiv:2410.07698); the covariance of the matrix' entries is still the identity. A mask keeps
+the named entries and drops all others, as sparse zeroth-order methods do; it must not depend on private data.
 
 The first axis of a tensor in `classes` runs over classes whose scores go into a softmax. A number that is added to all
 scores changes no loss, so every gradient adds up to zero over the classes, and so do the directions: none is spent on
@@ -247,7 +247,7 @@ class Directions:
         basis of what adds up to zero. Added up from the last class to the first, in one order on every device."""
         shape = self.shapes[name]
         drawn = self._entries(name, "entry", step, k, 0, self._drawn(name), device).view(shape[0] - 1, *shape[1:])
-        out_Cx, later_x = torch.empty(shape, device=drawn.device), torch.zeros(shape[1:], device=drawn.device)
+        out_Cx, later_x = drawn.new_empty(shape), drawn.new_zeros(shape[1:])
         for i in range(shape[0] - 1, 0, -1):
             part = drawn[i - 1].mul(1 / math.sqrt(i * (i + 1)))
             out_Cx[i] = later_x.sub(part.mul(float(i)))
@@ -298,14 +298,15 @@ class Directions:
             "classes": sorted(self.classes),
             "centred": self.centred,
             "rows": self._rows.count if self.law.kind == "orthogonal" else 0,
-            "run": laws.RUN if self.law.entries == "gaussian" else 0,
         }
+        if self.law.entries == "gaussian":
+            spec["run"] = laws.RUN  # not in the record of signs, of which older logs stay good
         return spec if self.parts == 1 else {**spec, "parts": self.parts}
 
 
 def _product(u_nr: torch.Tensor, v_cr: torch.Tensor) -> torch.Tensor:
     """U V^T, added up in one order on every device."""
-    out = torch.zeros(u_nr.shape[0], v_cr.shape[0], device=u_nr.device)
+    out = u_nr.new_zeros(u_nr.shape[0], v_cr.shape[0])
     for j in range(u_nr.shape[1]):
         out += u_nr[:, j, None] * v_cr[:, j]
     return out

@@ -1,4 +1,4 @@
-"""Independent entries of the streams of a run: any of them, on any device, in any order.
+"""The entries of the streams of a run: any of them, on any device, in any order.
 
 A stream belongs to a tensor and a role ("entry", or the two factors of a matrix of low rank); its entries are numbered.
 `laws` says what an entry is. On a CUDA device kernels make them (`kernels`), where they can.
@@ -37,7 +37,7 @@ class Entries:
           rows: of the Walsh-Hadamard matrix that multiplies signs where the law is `orthogonal`.
         """
         self.law, self._key, self._rows = law, key, rows
-        self._room = torch.empty(PIECE)
+        self._room = torch.empty(PIECE, dtype=torch.float32)  # whatever the process' default is
         self._keys: dict[tuple[str, str], int] = {}
 
     def key(self, name: str, role: str) -> int:
@@ -63,7 +63,7 @@ class Entries:
         chunk = chunk_on(device)
         if stop - start <= chunk:
             return self._chunk(name, role, step, k, start, stop, device)
-        out = torch.empty(stop - start, device=device)
+        out = torch.empty(stop - start, dtype=torch.float32, device=device)
         for begin in range(start, stop, chunk):
             end = min(begin + chunk, stop)
             out[begin - start : end - start] = self._chunk(name, role, step, k, begin, end, device)

@@ -51,7 +51,7 @@ def entries(stream: walsh.Stream, start: int, stop: int, device: torch.device) -
     """(stop - start,) float32, some elements of a direction; None if not done."""
     if device.type != "cuda":
         return None
-    out = torch.zeros(stop - start, device=device)
+    out = torch.zeros(stop - start, dtype=torch.float32, device=device)
     return out if add(stream, 1.0, out, start, out) else None
 
 

@@ -19,7 +19,7 @@ class Law:
 
     Attributes:
       kind: one of `LAWS`.
-      rank: 0 for directions with independent entries, else the rank of the directions of matrices.
+      rank: 0 for directions whose entries are drawn one by one, else the rank of the directions of matrices.
     """
 
     kind: str = "rademacher"
@@ -37,7 +37,7 @@ class Law:
 
     @property
     def entries(self) -> str:
-        """The law of the entries before they are scaled or combined: a key of `laws.ENTRIES`."""
+        """The law of the entries before they are scaled or combined: gaussian or rademacher, as in `laws`."""
         return "gaussian" if self.kind in ("gaussian", "sphere") else "rademacher"
 
 

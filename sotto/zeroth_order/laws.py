@@ -7,9 +7,10 @@ arXiv:2310.09639, remark after equation 3). Entry laws:
 * `gaussian`: such a sign times a size. Sizes are the 65,536 quantiles of a half-normal law, in an order without
   pattern; each run of 16,384 entries takes as many of them one after another, from a place that is drawn for it. No
   logarithm or cosine, whose last bits differ between libraries, and no random word for each entry, which would cost
-  more than all else together. Every entry alone has the normal law, up to 5e-6 in its characteristic function and the
-  largest of 4.5; two entries of different runs are independent; two of one run have independent signs, and their sizes
-  are two different ones of the table: the mean product of their squares is within 3 % of 1.
+  more than all else together. Every entry alone has the normal law, up to 5e-6 in its characteristic function at
+  frequencies below 5, and up to 4.5 in size; two entries of different runs are independent; two of one run have
+  independent signs, and their sizes are two different ones of the table: the mean product of their squares is within
+  3.1 % of 1.
 
 Both are integers times 2^-20 (or 1), exact in float32, so squares can be added up exactly in any order.
 

@@ -27,7 +27,7 @@ def masks(model: nn.Module, parameters: Mapping[str, nn.Parameter], keep: float)
     """
     scores = {name: score.flatten() for name, score in _scores(model, parameters).items()}
     all_d = torch.cat([torch.where(s > 0, s, torch.inf) for s in scores.values()])
-    chosen_d = torch.zeros(len(all_d), dtype=torch.bool)
+    chosen_d = torch.zeros_like(all_d, dtype=torch.bool)
     chosen_d[all_d.argsort(stable=True)[: max(1, round(keep * len(all_d)))]] = True
     parts = chosen_d.split([len(s) for s in scores.values()])
     return {name: part.view(parameters[name].shape) for name, part in zip(scores, parts, strict=True)}

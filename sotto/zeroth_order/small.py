@@ -6,6 +6,7 @@ Shape legend: e flat elements, of all tensors of a group one after another.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,7 +27,7 @@ class Small:
         kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, p in parameters.items():
             stream = directions.stream(name, 0, 0) if p.numel() <= LARGEST else None
-            if kernel_for(stream, p) is not None and not isinstance(p.data, FakeTensor):
+            if kernel_for(stream, p) is not None:
                 kinds.setdefault((p.device, p.dtype), []).append(name)
         self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in kinds.values()]
 
@@ -36,7 +37,7 @@ class Small:
         for group in self._groups:
             stream = self._directions.stream(group.first, step, k)
             flat_e = torch.cat([p.detach().reshape(-1) for p in group.tensors])
-            parts = group.kernel.add_many(stream, shift, flat_e, group.tables).split(group.sizes)
+            parts = group.moved(stream, shift, flat_e).split(group.sizes)
             found |= {id(p): part.view(p.shape) for p, part in zip(group.tensors, parts, strict=True)}
         return found
 
@@ -48,4 +49,10 @@ class _Group:
         streams = [directions.stream(name, 0, 0) for name in names]
         self.first, self.tensors, self.sizes = names[0], tensors, [p.numel() for p in tensors]
         self.kernel = kernel_for(streams[0], tensors[0])
-        self.tables = self.kernel.tables(streams, self.sizes, tensors[0].device)
+        fake = isinstance(tensors[0].data, FakeTensor)
+        self.tables = None if fake else self.kernel.tables(streams, self.sizes, tensors[0].device)
+
+    def moved(self, stream: Any, shift: float, flat_e: torch.Tensor) -> torch.Tensor:
+        if self.tables is None:  # in a forecast, where what takes memory is made, and nothing is run
+            return torch.empty_like(flat_e)
+        return self.kernel.add_many(stream, shift, flat_e, self.tables)

@@ -70,6 +70,8 @@ class Updates:
                     why="a private update is small beside the weight and would vanish in half precision",
                     fix="keep trainable parameters in float32; frozen ones may be in any type",
                 )  # fmt: skip
+            if not p.is_contiguous():  # chunks are of flat elements
+                p.data = p.data.contiguous()
         kinds = ["exp_avg", "exp_avg_sq"] if run.optimizer == "adamw" else ["momentum"] * (run.momentum > 0)
         self.state = {kind: {n: torch.zeros_like(p) for n, p in self.parameters.items()} for kind in kinds}
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if run.ema_decay else {}
