@@ -171,7 +171,7 @@ def sweep(
     from sotto import sweeping
 
     parts = [item.partition("=") for item in over]
-    grid = {key: text.split(",") for key, _, text in parts}
+    grid = {key: [value for value in text.split(",") if value] for key, _, text in parts}
     law: Any = distribution
     if plan:
         _print_json(dataclasses.asdict(sweeping.plan_sweep(_load(config, set), grid, trials, law)[0]))

@@ -330,6 +330,8 @@ def show(path: str | Path) -> str:
         return f"NOT PRIVATE: {planned['not_private']}.\nThis run has no guarantee and no statement.\n"
     if run.finished:
         return run.read("statement.txt")
+    if planned.get("kind") == "split":
+        return f"Unfinished, or the vendor's: it has no statement. Go on with: sotto split ... --resume {run.path}\n"
     return f"Unfinished: it has no statement yet. Continue it with: sotto resume {run.path}\n"
 
 

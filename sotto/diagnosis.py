@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from sotto.errors import SottoError
 
 HOSTS = "huggingface.co and its file hosts, and only to fetch a model or dataset that is named by a Hub name"
 
@@ -63,7 +64,10 @@ def _noise() -> tuple[str, bool, str]:
 def _ledger() -> tuple[str, bool, str]:
     from sotto.privacy.ledger import ledger_dir
 
-    folder = ledger_dir()
+    try:
+        folder = ledger_dir()
+    except SottoError as error:
+        return "ledger", False, f"{error.what}: {error.fix}"
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     writable = os.access(existing, os.W_OK)
     return "ledger", writable, f"{folder}" if writable else f"{folder} cannot be written: set SOTTO_LEDGER_DIR"
@@ -71,5 +75,5 @@ def _ledger() -> tuple[str, bool, str]:
 
 def _network() -> tuple[str, bool, str]:
     offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "ON", "on")
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))  # Path's fails without a home
     return "network", True, f"none (HF_HUB_OFFLINE is set); cache {cache}" if offline else f"{HOSTS}; cache {cache}"

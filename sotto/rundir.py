@@ -100,6 +100,12 @@ class RunDir:
         run = cls(Path(path))
         wanted = ("config.yaml", "plan.json", "private/secrets.json", SEAL)
         missing = [name for name in wanted if not (run.path / name).exists()]
+        if missing and (run.path / "sweep.json").exists():
+            raise SottoError(
+                "SOT501", what="this is what a sweep has released, not a run folder", where=str(run.path.absolute()),
+                why="the runs that it chose from are deleted",
+                fix=f"read {run.path / 'statement.txt'}; the model is {run.path / 'model'}, ready for use",
+            )  # fmt: skip
         if missing:
             raise SottoError(
                 "SOT501", what=f"this is not a run folder: {missing[0]} is not there", where=str(run.path.absolute()),
@@ -124,8 +130,15 @@ class RunDir:
         return json.loads(self.read(name))
 
     def plan(self) -> Plan:
-        """The plan that was settled before the first step. Raises SOT516."""
-        return Plan.from_dict(self.read_json("plan.json"))
+        """The plan that was settled before the first step. Raises SOT516; SOT110, a split run's folder has none."""
+        values = self.read_json("plan.json")
+        if values.get("kind") == "split":
+            raise SottoError(
+                "SOT110", what="this is the folder of a split run", where=str(self.path),
+                why="customer and vendor have a part of the model each, and its promise is not that of a training",
+                fix=f"read its statement: sotto show {self.path}",
+            )  # fmt: skip
+        return Plan.from_dict(values)
 
     def verify(self, *names: str) -> None:
         """Compares files with the seal.
@@ -263,8 +276,9 @@ def find_run(path: str | Path) -> Path:
     """A run folder, with a suggestion when it does not exist."""
     path = Path(path)
     if not path.is_dir():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
-        raise SottoError("SOT501", what=f"there is no such folder.{near}", where=str(path.absolute()),
+        folders = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+        what = "this is a file" if path.is_file() else f"there is no such folder.{did_you_mean(path.name, folders)}"
+        raise SottoError("SOT501", what=what, where=str(path.absolute()),
                          why="a run is read from its folder", fix="'sotto ls' lists the runs")  # fmt: skip
     return path
 

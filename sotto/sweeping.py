@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -73,7 +74,10 @@ def plan_sweep(
     Raises:
       SottoError: SOT495, a key may not differ between trials, or the run is not of a kind that has a bound.
     """
-    for key in over:
+    for key, values in over.items():
+        if not values:
+            raise _refused(f"no values for '{key}'", "--over", "a trial draws its value from a list",
+                           "write --over SECTION.KEY=VALUE,VALUE")  # fmt: skip
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             raise _refused(f"'{key}' may not differ between trials", "--over",
                            "the choice has one price only if every trial has the same", "sweep other keys")  # fmt: skip
@@ -221,8 +225,11 @@ def text(planned: SweepPlan, plan: Plan, setting: list[str]) -> str:
             [
                 "PRIVACY STATEMENT OF A SWEEP",
                 "",
-                f"The released model is the best of several, chosen by its score on public data. It was made so that "
-                f"{who(plan)} has little influence on it, the choice included.",
+                *textwrap.wrap(
+                    f"The released model is the best of several, chosen by its score on public data. It was made so "
+                    f"that {who(plan)} has little influence on it, the choice included.",
+                    width=100,
+                ),
                 "",
                 f"  epsilon               {accounting.round_up(planned.epsilon)}   (an upper bound, rounded up)",
                 f"  delta                 {planned.delta:g}",

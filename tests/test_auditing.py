@@ -391,7 +391,7 @@ def test_an_audit_that_is_stopped_cannot_be_continued(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(planting.commands, "run_session", stopped)
     with pytest.raises(SottoError, match="SOT705"):
-        sotto.audit(tiny_runs.config(tmp_path), plant=20)
+        sotto.audit(tiny_runs.config(tmp_path), plant=24)
     (run,) = sotto.ls(tmp_path / "runs")
     with pytest.raises(SottoError, match="SOT507"):
         sotto.resume(run["run"])

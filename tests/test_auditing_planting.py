@@ -160,6 +160,12 @@ def test_what_cannot_be_planted_is_refused(tmp_path: Path):
     assert not (tmp_path / "runs").exists(), "nothing was trained"
 
 
+def test_too_few_canaries_are_refused_before_anything_is_charged(tmp_path: Path):
+    with pytest.raises(SottoError, match="SOT702"):
+        sotto.audit(tiny_runs.config(tmp_path), plant=8)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unknown_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     path = tiny_runs.write_yaml(tmp_path)
     monkeypatch.setattr("sys.argv", ["sotto", "audit", str(path), "--plant", "20", "--kind", "spicy"])
@@ -344,7 +350,7 @@ def test_secrets_are_extracted_from_a_run_without_noise(
 
 
 def test_secrets_that_cannot_be_planted_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refused(says: str, kind: str, count: int = 8, **changes: Any) -> None:
+    def refused(says: str, kind: str, count: int = 24, **changes: Any) -> None:
         with pytest.raises(SottoError, match=f"SOT707.*{says}"):
             sotto.audit(tiny_runs.config(tmp_path, kind, **changes), plant=count, kind="secret")
 
@@ -357,7 +363,7 @@ def test_secrets_that_cannot_be_planted_are_refused(tmp_path: Path, monkeypatch:
 def test_a_secret_that_is_too_long_is_refused(tmp_path: Path, spelling: None):
     short = tiny_runs.config(tmp_path, "completion", data={"max_length": 8})
     with pytest.raises(SottoError, match=r"SOT707.*tokens"):
-        sotto.audit(short, plant=8, kind="secret")
+        sotto.audit(short, plant=24, kind="secret")
 
 
 def test_the_mechanism_under_attack_is_the_runs_own():

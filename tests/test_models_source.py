@@ -347,9 +347,11 @@ def test_unreadable_config(copied, text):
     refused("SOT306", source.inspect, copied)
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 1e9}}])
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 1e9}}, {"num_hidden_layers": -1}]
+)
 @pytest.mark.parametrize("weights", [True, False])
-def test_more_layers_than_can_be_built(copied, change, weights):
+def test_a_number_of_layers_that_no_model_has(copied, change, weights):
     edit(copied / "config.json", **change)
     refused("SOT306", lambda folder: source.inspect(folder, weights=weights), copied)
 

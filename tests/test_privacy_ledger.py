@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sotto import diagnosis
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.privacy import accounting, chain
 from sotto.privacy.accounting import Gaussian, PoissonGaussian
@@ -386,6 +387,43 @@ def test_zeros_and_garbage_at_the_end_are_set_aside(ledger, tail):
         file.write(tail)
     ledger.reserve("a", 5, EVENT)  # also by a process that has it open
     assert reopen(ledger).reserved("a") == 6
+
+
+def test_a_torn_line_is_not_cut_off_where_it_cannot_be_set_aside(ledger):
+    lines_of(ledger)
+    with open(ledger.path, "ab") as file:
+        file.write(b'{"seq"')
+    before = ledger.path.read_bytes()
+    aside = ledger.path.with_suffix(".torn")
+    aside.mkdir()
+    with pytest.raises(SottoError) as caught:
+        reopen(ledger)
+    assert caught.value.code == "SOT412"
+    assert ledger.path.read_bytes() == before
+    aside.rmdir()
+    assert reopen(ledger).reserved("a") == 5
+    assert stat.S_IMODE(aside.stat().st_mode) == 0o600
+
+
+def test_a_ledger_that_cannot_be_looked_for(monkeypatch):
+    def denied(self, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(SottoError, match=r"SOT410.*Permission denied"):
+        Ledger.exists("clinic")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SOTTO_LEDGER_DIR")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(SottoError, match=r"(?s)SOT410.*set SOTTO_LEDGER_DIR"):
+        ledger_dir()
+    assert diagnosis._ledger()[1] is False
 
 
 def test_an_entry_of_a_newer_version_is_refused(ledger):

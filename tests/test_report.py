@@ -161,6 +161,11 @@ def test_an_audit_of_another_configuration_is_refused(run: Path, tmp_path: Path,
     assert not (tmp_path / "page.html").exists()
 
 
+def test_an_audit_that_is_not_there_is_named_so(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SottoError, match="SOT525  there is no such file"):
+        sotto.report(run, tmp_path / "report.html", (tmp_path / "nope.json",))
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", '{"bounds": 3}', "[" * 100_000, '{"attack": "membership"}'],

@@ -12,7 +12,7 @@ import tiny_runs
 
 from sotto.config import Config
 from sotto.errors import SottoError
-from sotto.rundir import RunDir, require_writable
+from sotto.rundir import RunDir, find_run, require_writable
 
 
 @pytest.fixture
@@ -85,6 +85,17 @@ def test_a_folder_that_lacks_something_is_not_a_run(config: Config, missing: str
     with pytest.raises(SottoError, match=missing.replace(".", r"\.")) as caught:
         RunDir.open(run.path)
     assert caught.value.code == "SOT501"
+
+
+def test_a_file_is_no_run_and_no_folder_is_suggested_for_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("")
+    (tmp_path / "clinic_1").mkdir()
+    with pytest.raises(SottoError, match="SOT501  this is a file"):
+        find_run(tmp_path / "notes.csv")
+    with pytest.raises(SottoError, match="Did you mean 'clinic_1'"):
+        find_run(tmp_path / "clinic_2")
+    with pytest.raises(SottoError, match=r"no such folder\.\n"):
+        find_run(tmp_path / "notes.csw")
 
 
 def test_writability_is_asked_before_anything_is_read(config: Config, tmp_path: Path) -> None:

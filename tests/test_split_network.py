@@ -556,6 +556,12 @@ def test_unprotected_connections_are_refused(tmp_path: Path, address: str, prote
     assert "SOT827" in refused(network.check, address, certificates, plaintext)
 
 
+def test_certificates_are_opened_before_any_text_is_read(tmp_path: Path) -> None:
+    made = test_split_run.config(tmp_path, SETTING)
+    assert "SOT827" in refused(sides.customer, made, "x", "127.0.0.1:1", files(tmp_path, "x"), False)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_without_flower_both_sides_say_so_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -324,6 +324,12 @@ def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
     assert listed["private"]
     assert listed["epsilon"] is None
     assert sotto.show(run.path) == run.statement
+    assert "embeddings and 1 block of" in " ".join(run.statement.split())
+    for page in (lambda: sotto.report(run.path), lambda: sotto.export(run.path, tmp_path / "model")):
+        with pytest.raises(SottoError, match=r"(?s)SOT110.*sotto show"):
+            page()
+    (run.path / "privacy.json").unlink()
+    assert "sotto split ... --resume" in sotto.show(run.path)
     open_ = simulate(config(tmp_path))
     assert "NOT PRIVATE" in sotto.show(open_.path)
 

@@ -153,6 +153,9 @@ def test_a_sweep_releases_one_model_and_deletes_the_rest(tmp_path: Path, monkeyp
     assert facts["accountant"].startswith("RDP")
     assert facts["epsilon"] == pytest.approx(done_plan(made).epsilon, abs=2e-6)
     assert sotto.load(done.path / "model") is not None
+    assert max(map(len, done.statement.splitlines())) <= 120
+    with pytest.raises(SottoError, match=r"(?s)SOT501.*a sweep has released.*statement\.txt"):
+        sotto.show(done.path)
     card = (done.path / "model" / "README.md").read_text()
     assert "SWEEP" in card
     assert sorted(p.name for p in done.path.iterdir()) == ["model", "privacy.json", "statement.txt", "sweep.json"]
@@ -325,6 +328,7 @@ def test_private_files_are_the_owners_alone_while_it_runs(tmp_path: Path, monkey
 
 REFUSED = [
     ({"run.expected_batch_size": ["8", "16"]}, {}, True),
+    ({"run.learning_rate": []}, {}, True),
     ({"privacy.epsilon": ["1", "2"]}, {}, True),
     ({"run.steps": ["1", "2"]}, {}, True),
     (OVER, {}, False),

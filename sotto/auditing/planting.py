@@ -55,6 +55,10 @@ class Planted:
     secrets: Secrets | None = None
 
 
+FEWEST = 24
+"""Canaries. Of so many, coins leave one side fewer than the four that a bound needs once in 3,600 audits."""
+
+
 def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind: Kind = "input") -> AuditReport:
     """Trains once with canaries among the units, and attacks the result.
 
@@ -65,9 +69,10 @@ def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind
       kind: of canaries, see `canaries`.
 
     Raises:
-      SottoError: SOT703, the run is not private; SOT707, it cannot have such canaries; and those of `sotto.train`.
+      SottoError: SOT703, the run is not private; SOT707, it cannot have such canaries; SOT702, they are too few; and
+        those of `sotto.train`.
     """
-    _check(config, kind)
+    _check(config, kind, count)
     config = config.with_overrides(["output.export=none", "output.name=audit"])
     generator = np.random.default_rng(secrets.randbits(128))
     made: list[Planted] = []
@@ -105,7 +110,7 @@ def audit_by_planting(config: Config, count: int, confidence: float = 0.95, kind
     return _report(session, run, found, scores, kind, confidence)
 
 
-def _check(config: Config, kind: Kind) -> None:
+def _check(config: Config, kind: Kind, count: int) -> None:
     if config.not_private is not None:
         raise SottoError(
             "SOT703", what=f"the run is not private: {config.not_private}", where="privacy",
@@ -119,6 +124,12 @@ def _check(config: Config, kind: Kind) -> None:
             where="method.gradient: zeroth_order" if central else f"setting.kind: {config.setting.kind}",
             why="nothing in it has a gradient" if central else "its text is read elsewhere",
             fix="audit its releases instead, without --plant" + (", or plant input canaries" if central else ""),
+        )  # fmt: skip
+    if count < FEWEST:
+        raise SottoError(
+            "SOT702", what=f"{count} canaries", where="--plant",
+            why="coins decide which are planted; with so few, one side may be too small for a confidence interval, "
+            "and the training would be charged in vain", fix=f"plant {FEWEST} or more; some hundreds prove more",
         )  # fmt: skip
 
 

@@ -263,14 +263,19 @@ def inspect(path: Path, *, weights: bool = True) -> ModelFacts:
 
 
 def _refuse_endless(layers: Iterable[dict[str, Any]], most: int, file: Path) -> None:
-    """Modules are built layer by layer, before any weight is looked for: a billion of them would take all memory."""
+    """Modules are built layer by layer, before any weight is looked for: a billion of them would take all memory.
+
+    With fewer than none, a model without its layers would be built and trained.
+    """
     for key, value in ((key, layer[key]) for layer in layers for key in _DEPTHS if key in layer):
-        if isinstance(value, int | float) and value > most:
+        if isinstance(value, int | float) and not 0 <= value <= most:
             raise SottoError(
                 "SOT306",
                 what=f"config.json says {key}: {str(value)[:40]}.",
                 where=f"{file}: {key}",
-                why=f"It would take all memory to build them, and there is no model of more than {most} layers.",
+                why="There is no model of less than no layers."
+                if value < 0
+                else f"It would take all memory to build them, and there is no model of more than {most} layers.",
                 fix="Download or copy the model's folder again.",
             )
 

@@ -84,13 +84,7 @@ class Chain:
             with contextlib.suppress(OSError):  # if this fails too, the torn tail is set aside by the next reader
                 os.ftruncate(descriptor, self._size)
                 os.fsync(descriptor)
-            raise SottoError(
-                "SOT412",
-                what=f"cannot write to the privacy ledger: {error.strerror or error}",
-                where=str(self.path),
-                why="a step may only begin when its cost is on the disk: nothing is charged, no step is taken",
-                fix="free some disk space or make the file writable, then resume the run",
-            ) from error
+            raise self._cannot_write(error) from error
         self._take(line[:-1])
         self._write_head()
 
@@ -104,14 +98,7 @@ class Chain:
                 return descriptor
             return os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise SottoError(
-                "SOT410",
-                what=f"cannot open the privacy ledger: {error.strerror or error}",
-                where=str(self.path),
-                why="without it, what earlier runs have spent is unknown",
-                fix="make the file readable and writable for this user, or restore it from a backup. "
-                "SOTTO_LEDGER_DIR names the folder",
-            ) from error
+            raise cannot_open(self.path, error) from error
 
     def _read_new(self, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size
@@ -139,10 +126,14 @@ class Chain:
             # Never complete on the disk, so the call that wrote it did not return and its step never began.
             if head is not None and head[0] > self.entries:
                 self._broken(f"line {self.entries + 1} was damaged after it had been written")
-            with open(self.path.with_suffix(".torn"), "ab") as aside:
-                aside.write(torn + b"\n")
-            os.ftruncate(descriptor, self._size)
-            os.fsync(descriptor)
+            try:
+                aside = os.open(self.path.with_suffix(".torn"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                with open(aside, "ab") as file:
+                    file.write(torn + b"\n")
+                os.ftruncate(descriptor, self._size)
+                os.fsync(descriptor)
+            except OSError as error:  # nothing is cut off that was not set aside
+                raise self._cannot_write(error) from error
 
     def _take(self, line: bytes) -> None:
         """Checks one line (without its newline) and counts it as read."""
@@ -163,6 +154,15 @@ class Chain:
             reason = error.what if isinstance(error, SottoError) else repr(error)
             self._broken(f"line {number} is not understood by this version of Sotto: {reason}")
         self.entries, self._hash, self._size = number, digest, self._size + len(line) + 1
+
+    def _cannot_write(self, error: OSError) -> SottoError:
+        return SottoError(
+            "SOT412",
+            what=f"cannot write to the privacy ledger: {error.strerror or error}",
+            where=str(self.path),
+            why="a step may only begin when its cost is on the disk: nothing is charged, no step is taken",
+            fix="free some disk space or make the file writable, then resume the run",
+        )
 
     def _broken(self, what: str) -> NoReturn:
         raise SottoError(
@@ -195,6 +195,17 @@ class Chain:
             return (int(number), digest) if intact else None
         except (OSError, ValueError):
             return None
+
+
+def cannot_open(path: Path, error: OSError) -> SottoError:
+    return SottoError(
+        "SOT410",
+        what=f"cannot open the privacy ledger: {error.strerror or error}",
+        where=str(path),
+        why="without it, what earlier runs have spent is unknown",
+        fix="make the file readable and writable for this user, or restore it from a backup. "
+        "SOTTO_LEDGER_DIR names the folder",
+    )
 
 
 def _parse(line: bytes) -> Entry | None:

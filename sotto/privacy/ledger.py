@@ -17,7 +17,7 @@ from typing import Any
 
 from sotto.errors import BudgetExceeded, SottoError
 from sotto.privacy import accounting
-from sotto.privacy.chain import Chain, Entry
+from sotto.privacy.chain import Chain, Entry, cannot_open
 from sotto.privacy.events import (
     Event,
     Laplace,
@@ -30,11 +30,22 @@ from sotto.privacy.events import (
 
 
 def ledger_dir() -> Path:
-    """The folder of the ledgers: SOTTO_LEDGER_DIR, or XDG_DATA_HOME/sotto/ledger, or ~/.local/share/sotto/ledger."""
+    """The folder of the ledgers: SOTTO_LEDGER_DIR, or XDG_DATA_HOME/sotto/ledger, or ~/.local/share/sotto/ledger.
+
+    Raises:
+      SottoError: SOT410, none of the three is known.
+    """
     if explicit := os.environ.get("SOTTO_LEDGER_DIR"):
         return Path(explicit)
     home = os.environ.get("XDG_DATA_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share") / "sotto" / "ledger"
+    try:
+        return (Path(home) if home else Path.home() / ".local" / "share") / "sotto" / "ledger"
+    except RuntimeError:  # HOME is not set, and the user has no entry in passwd, as in some containers
+        raise SottoError(
+            "SOT410", what="this user has no home folder for the privacy ledger", where="SOTTO_LEDGER_DIR",
+            why="without it, what earlier runs have spent is unknown",
+            fix="set SOTTO_LEDGER_DIR to a folder that outlives this machine or container",
+        ) from None  # fmt: skip
 
 
 @dataclass
@@ -115,8 +126,12 @@ class Ledger:
 
     @staticmethod
     def exists(dataset_id: str) -> bool:
-        """Whether anything was written for this dataset."""
-        return (ledger_dir() / f"{dataset_id}.jsonl").exists()
+        """Whether anything was written for this dataset. Raises SOT410 where that cannot be known."""
+        path = ledger_dir() / f"{dataset_id}.jsonl"
+        try:
+            return path.exists()
+        except OSError as error:
+            raise cannot_open(path, error) from error
 
     def refresh(self) -> None:
         """Reads what other processes have appended since."""

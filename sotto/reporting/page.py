@@ -238,7 +238,8 @@ def read_audit(file: Path) -> AuditReport:
             raise TypeError("a figure is no number")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise SottoError(
-            "SOT525", what="this is not a report of an audit", where=str(file), why="the page would show what it says",
+            "SOT525", what="this is not a report of an audit" if file.exists() else "there is no such file",
+            where=str(file), why="the page would show what it says",
             fix=AGAIN,
         ) from None  # fmt: skip
     if report.attack != "mechanism":

@@ -76,12 +76,18 @@ def check(address: str, certificates: Certificates | None, plaintext: bool) -> N
       SottoError: SOT827.
     """
     host, _, port = address.rpartition(":")
-    good = bool(host) and port.isdecimal() and int(port) < 1 << 16
-    if good and (certificates is None) == plaintext and (certificates is not None or host in LOOPBACK):
+    if not (host and port.isdecimal() and int(port) < 1 << 16):
+        raise SottoError(
+            "SOT827", what="the address is not HOST:PORT", where=address, why="it says where the two sides meet",
+            fix="write for example 127.0.0.1:9443; a port is at most 65535",
+        )  # fmt: skip
+    if (certificates is None) == plaintext and (certificates is not None or host in LOOPBACK):
+        if certificates is not None:
+            certificates.context(server=False)  # files that cannot be read are found before any text is
         return
     raise SottoError(
         "SOT827",
-        what="the address is not HOST:PORT" if not good else "the connection would not be protected",
+        what="the connection would not be protected",
         where=address,
         why="representations, and labels that are sent, must be read by the other side alone",
         fix="give --certificate, --key and --authority; or --plaintext-on-loopback with 127.0.0.1 to try it out",

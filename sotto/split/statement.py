@@ -79,7 +79,8 @@ def text(facts: Facts) -> str:
 
 def _what_left(facts: Facts) -> str:
     what = "token ids" if facts.setting.privatizer == "dx_tokens" else "rows of half-precision numbers"
-    below = f"the embeddings and {facts.setting.layer} blocks" if facts.setting.layer else "the embeddings"
+    blocks = f"{facts.setting.layer} block{'s' if facts.setting.layer != 1 else ''}"
+    below = f"the embeddings and {blocks}" if facts.setting.layer else "the embeddings"
     return (
         f"{facts.examples:,} texts left the customer, once each, as {facts.rows:,} {what}: the output of {below} of "
         f"the vendor's model (SHA-256 {facts.bottom[:16]}), privatized by '{facts.setting.privatizer}'. They were "
