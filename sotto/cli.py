@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core as typer_core
 
 from sotto.errors import SottoError
 from sotto.federated.cli import app as federated_app
 from sotto.rundir import find_run
 from sotto.split.cli import app as split_app
 
+# Else typer escapes "[required]" for rich, which prints no help here, and loads it for that.
+typer_core.HAS_RICH = False
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Fine-tune language models on sensitive text under a privacy and a memory budget.")  # fmt: skip
 app.add_typer(split_app, name="split")

@@ -59,6 +59,7 @@ def test_every_command_explains_itself(
 ) -> None:
     text = call(capsys, monkeypatch, name, "--help")
     assert f"sotto {name}" in text
+    assert "\\" not in text
     assert (getattr(cli, name).__doc__ or "?").split(".")[0].split(":")[0] in " ".join(text.split())
 
 
