@@ -308,6 +308,7 @@ def export(
 def ls(directory: Annotated[Path, typer.Argument()] = Path("runs"), as_json: AsJson = False) -> None:
     """List runs."""
     from sotto import commands
+    from sotto.privacy.accounting import round_up
 
     runs = commands.ls(directory)
     if as_json:
@@ -316,7 +317,8 @@ def ls(directory: Annotated[Path, typer.Argument()] = Path("runs"), as_json: AsJ
         print(f"no runs in {directory}")
     else:
         for run in runs:
-            epsilon = "NOT PRIVATE" if not run["private"] else f"epsilon {run['epsilon'] or '-'}"
+            spent = round_up(run["epsilon"]) if run["epsilon"] else "-"
+            epsilon = f"epsilon {spent}" if run["private"] else "NOT PRIVATE"
             print(f"{run['run']:<50} {run['state']:<11} {run['step']}/{run['steps']} steps   {epsilon}")
 
 
