@@ -328,7 +328,6 @@ def test_private_files_are_the_owners_alone_while_it_runs(tmp_path: Path, monkey
 
 REFUSED = [
     ({"run.expected_batch_size": ["8", "16"]}, {}, True),
-    ({"run.learning_rate": []}, {}, True),
     ({"privacy.epsilon": ["1", "2"]}, {}, True),
     ({"run.steps": ["1", "2"]}, {}, True),
     (OVER, {}, False),
@@ -336,6 +335,7 @@ REFUSED = [
     (OVER, {"privacy": {"neighboring_relation": "replace_one"}}, True),
     ({"method.zeroth_noise": ["gaussian", "laplace"]}, {"method": {"gradient": "zeroth_order"}}, True),
     ({"method.gradient": ["ghost", "zeroth_order"]}, {"method": {"zeroth_noise": "laplace"}}, True),
+    ({"run.learning_rate": []}, {}, True),
 ]
 
 
