@@ -120,7 +120,7 @@ def test_large_tensors_get_exact_noise_in_every_piece(monkeypatch):
         first, second, last = (released.double() - value.double()).split(1000)
         for noise in (first, second, last):
             assert float(noise.std()) == pytest.approx(1.0, rel=7 / (2 * len(noise)) ** 0.5)
-        assert not (first == second).any()
+        assert int((first == second).sum()) < 5  # two of them meet on this coarse grid in one run of a hundred
 
 
 def test_same_debug_noise_same_release():
