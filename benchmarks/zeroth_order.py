@@ -7,12 +7,13 @@ A causal model (or a RoBERTa-large-shaped classifier) with random weights, all o
 adapters of rank 8 instead, with `low_rank` all weights along directions of rank 1. Directions are signs, several of
 them orthogonal, if `--law` does not say another law (`sphere` is that of the preset dpzero, `gaussian` that of dpzo).
 Each row has a process of its own.
-Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds (on CUDA the
-device's), of the probes and of the whole step, against two plain forward passes of the same batch with the same loss
-for each direction, or one where differences are centred (several directions). `sides`: so many moved models in one
-pass. `top`: the last layer's weights alone are trained; the time to compare is that of the frozen layers once and of
-the last one once or twice for each direction. Weights in bfloat16 are probed and not updated, which a run refuses.
-`--memory`: no times.
+Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds (with several
+threads those of a clock, on CUDA the device's), of the probes and of the whole step, against two plain forward passes
+of the same batch with the same loss for each direction, or one where differences are centred (several directions); such
+a pass is timed beside each step.
+`sides`: so many moved models in one pass. `top`: the last layer's weights alone are trained; the time to compare is
+that of the frozen layers once and of the last one once or twice for each direction. Weights in bfloat16 are probed and
+not updated, which a run refuses. `--memory`: no times.
 """
 
 from __future__ import annotations
@@ -107,12 +108,15 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         run = lambda: engine.clipped_sum(batch, None, len(updates.log))  # noqa: E731
         update = lambda: updates.step({NAME: torch.ones(int(count))}, next(steps))  # noqa: E731
     meter = Meter(args.device)
-    found: dict[str, Any] = {"mebibytes": [], "probes": [], "step": []}
+    seconds = "cpu" if args.threads == 1 else "wall"
+    found: dict[str, Any] = {"mebibytes": [], "plain": [], "probes": [], "step": []}
     for _ in range(args.steps + (not args.memory)):
+        # Beside each step: processes differ in where their tensors lie, and minutes in who else computes.
+        found["plain"].append(0.0 if args.memory or kind == "plain" else meter.step(plain)[seconds])
         first, second = meter.step(run), meter.step(update)
         found["mebibytes"].append(max(first["mebibytes"], second["mebibytes"]))
-        found["probes"].append(first["cpu"])
-        found["step"].append(first["cpu"] + second["cpu"])
+        found["probes"].append(first[seconds])
+        found["step"].append(first[seconds] + second[seconds])
     return found
 
 
@@ -172,8 +176,8 @@ def main() -> None:
             continue
         timed = found if inside else measured(name, args, False)
         probes, step = statistics.median(timed["probes"][1:]), statistics.median(timed["step"][1:])
-        base.setdefault("seconds", probes)
-        passes = (int(count) if int(count) > 1 else 1 + int(count)) * base["seconds"]
+        pass_seconds = probes if kind == "plain" else statistics.median(timed["plain"][1:])
+        passes = (int(count) if int(count) > 1 else 1 + int(count)) * pass_seconds
         print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | {probes / passes:.2f} ({probes:.3g} s) "
               f"| {step / passes:.2f} |", flush=True)  # fmt: skip
 

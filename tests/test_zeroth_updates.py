@@ -31,10 +31,12 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False)).to(dtype)
 
 
-def make(kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None, **more: Any) -> Updates:
+def make(
+    kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None, probes: int = K, **more: Any
+) -> Updates:
     run = RunSection(**{"expected_batch_size": 4, "steps": STEPS, "learning_rate": 0.05, **RUNS[kind], **more})
     shapes = {name: p.shape for name, p in net.named_parameters()}
-    return Updates(dict(net.named_parameters()), Directions(key, shapes, K, Law("gaussian")), run, STEPS, preset)
+    return Updates(dict(net.named_parameters()), Directions(key, shapes, probes, Law("gaussian")), run, STEPS, preset)
 
 
 def test_how_a_weight_lies_in_memory_changes_nothing():
@@ -81,13 +83,13 @@ def test_centred_numbers_stand_for_the_gradient():
     assert float(torch.stack(noises).square().mean()) == pytest.approx(1, abs=7 * math.sqrt(2 / steps))
 
 
-def numbers() -> torch.Tensor:
-    return torch.randn(STEPS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+def numbers(probes: int = K) -> torch.Tensor:
+    return torch.randn(STEPS, probes, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
-def trained(kind: str, net: nn.Module, **more: Any) -> Updates:
-    updates = make(kind, net, **more)
-    for step, g_K in enumerate(numbers()):
+def trained(kind: str, net: nn.Module, probes: int = K, **more: Any) -> Updates:
+    updates = make(kind, net, probes=probes, **more)
+    for step, g_K in enumerate(numbers(probes)):
         updates.step({NAME: g_K}, step)
     return updates
 
@@ -96,18 +98,19 @@ def weights(net: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
+@pytest.mark.parametrize("probes", [1, K])
 @pytest.mark.parametrize("kind", [kind for kind in RUNS if kind != "average"])
-def test_as_the_optimizer_on_the_gradient_that_the_numbers_stand_for(kind):
+def test_as_the_optimizer_on_the_gradient_that_the_numbers_stand_for(kind, probes):
     from sotto.optim import Optimizer
 
     net, plain = model(torch.float64), model(torch.float64)
-    updates = trained(kind, net)
+    updates = trained(kind, net, probes)
     optimizer = Optimizer(dict(plain.named_parameters()), updates.run, STEPS)
-    for step, g_K in enumerate(numbers()):
+    for step, g_K in enumerate(numbers(probes)):
         directions = updates.directions
         gradient = {
-            name: sum(float(g_K[k].float()) * directions.tensor(name, step, k).double() for k in range(K))
-            / math.sqrt(K)
+            name: sum(float(g_K[k].float()) * directions.tensor(name, step, k).double() for k in range(probes))
+            / math.sqrt(probes)
             for name in updates.parameters
         }
         optimizer.step(gradient, step)  # type: ignore[arg-type]
@@ -115,20 +118,21 @@ def test_as_the_optimizer_on_the_gradient_that_the_numbers_stand_for(kind):
     assert not torch.equal(weights(net), weights(model(torch.float64)))
 
 
+@pytest.mark.parametrize("probes", [1, K])
 @pytest.mark.parametrize("preset", [None, PRESETS["dpzopo"]], ids=["one stage", "stages"])
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_replay_of_the_log_has_the_same_bits(kind, preset, monkeypatch):
+def test_a_replay_of_the_log_has_the_same_bits(kind, preset, probes, monkeypatch):
     net = model()
-    done = trained(kind, net, preset=preset)
+    done = trained(kind, net, probes, preset=preset)
     again = model()
-    monkeypatch.setattr("sotto.zeroth_order.entries.CHUNK", 4)  # other shards, the same bits
-    fresh = make(kind, again, preset=preset)
+    monkeypatch.setattr("sotto.zeroth_order.updates.CHUNK", 5)  # other shards, the same bits
+    fresh = make(kind, again, preset=preset, probes=probes)
     fresh.restore({}, done.state_tensors())
     assert torch.equal(weights(net), weights(again))
     for name, value in done.final_weights().items():
         assert torch.equal(value, fresh.final_weights()[name])
     assert done.stored_weights() == {}
-    assert done.state_tensors()["log"].numel() == STEPS * K
+    assert done.state_tensors()["log"].numel() == STEPS * probes
 
 
 def test_a_run_goes_on_after_a_replay():

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sotto.zeroth_order import laws, walsh
+from sotto.zeroth_order import kernels, laws, processor, walsh
 from sotto.zeroth_order.entries import Entries, chunk_on
 from sotto.zeroth_order.law import Law, bad_argument, is_count
 from sotto.zeroth_order.parts import split_in_order
@@ -176,14 +176,34 @@ class Directions:
         part = self._entries(name, "entry", step, k, start, stop, device)
         return self._finish(part, name, step, k, slice(start, stop))
 
+    def add(
+        self, name: str, step: int, k: int, factor: float, source_e: torch.Tensor, first: int, target_e: torch.Tensor,
+        exact: bool = False,
+    ) -> None:  # fmt: skip
+        """target = source + factor * direction, of the flat elements of a tensor from number `first` on.
+
+        Computed in float32 or better and rounded to the type of the target, which may be the source.
+
+        Args:
+          exact: the same bits on every device: the product is rounded, and then the sum.
+        """
+        stream, device = self.stream(name, step, k), target_e.device
+        if processor.add(stream, factor, source_e, first, target_e):
+            return
+        fused = exact and stream is not None and stream.places is not None  # whose products are not exact
+        if not fused and kernels.add(stream, factor, source_e, first, target_e):
+            return
+        for start, stop, u in self.pieces(name, step, k, first, first + target_e.numel(), device):
+            at = slice(start - first, stop - first)
+            if exact:
+                torch.add(source_e[at], u.to(target_e.dtype).mul_(factor), out=target_e[at])
+            else:
+                torch.add(source_e[at], u, alpha=factor, out=target_e[at])
+
     def pieces(
         self, name: str, step: int, k: int, start: int, stop: int, device: torch.device
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Elements `start` to `stop` in small parts: (first, last, elements), each good until the next is asked for.
-
-        What goes through memory once, and not through a cache, costs most of the time of a moved weight. So signs are
-        made in one small place, over and over.
-        """
+        """Elements `start` to `stop` in small parts: (first, last, elements), each good until the next is asked for."""
         stream = self.stream(name, step, k)
         if stream is not None and device.type == "cpu":
             yield from self._made.pieces(name, step, k, start, stop, stream.stretch)

@@ -80,8 +80,8 @@ class Entries:
         for begin in range(start, stop, CHUNK):
             end = min(begin + CHUNK, stop)
             first = begin // laws.PER_WORD
-            words_w = self._words(name, "entry", step, k, first, -(-end // laws.PER_WORD))
-            sizes = self._sizes(name, "entry", step, k, begin, end)
+            stream = self.stream(name, "entry", step, k)
+            words_w, sizes = stream.words(first, -(-end // laws.PER_WORD)), stream.sizes(begin, end)
             for w in range(0, len(words_w), PIECE // laws.PER_WORD):
                 some_w = words_w[w : w + PIECE // laws.PER_WORD]
                 at = laws.PER_WORD * (first + w)
@@ -111,7 +111,7 @@ class Entries:
 
     def squares(self, name: str, step: int, k: int, size: int) -> int:
         """Sum of the squares of the first entries of a Gaussian direction, in units of `laws.SCALE`^2."""
-        sizes = self._sizes(name, "entry", step, k, 0, size)
+        sizes = self.stream(name, "entry", step, k).sizes(0, size)
         return 0 if sizes is None else sizes.squares(size)
 
     def _chunk(
@@ -120,9 +120,9 @@ class Entries:
         first, last = start // laws.PER_WORD, -(-stop // laws.PER_WORD)
         at = slice(start - first * laws.PER_WORD, stop - first * laws.PER_WORD)
         if device.type == "cpu":
-            words_w = self._words(name, role, step, k, first, last)
+            stream = self.stream(name, role, step, k)
+            words_w, sizes = stream.words(first, last), stream.sizes(start, stop)
             part = torch.from_numpy(laws.signs(words_w))[at]  # pyright: ignore[reportUnknownMemberType]
-            sizes = self._sizes(name, role, step, k, start, stop)
             if sizes is not None:
                 sizes.give(part.numpy(), start)
             return part
@@ -141,22 +141,6 @@ class Entries:
     def _counters(self, step: int, k: int) -> tuple[int, int]:
         """Step and index of the words: a cycle of orthogonal directions has the same signs on its columns."""
         return (self._rows.cycle(step), 0) if self.law.kind == "orthogonal" else (step, k)
-
-    def _words(self, name: str, role: str, step: int, k: int, first: int, last: int) -> counter.Words:
-        """The words of a stream, on the CPU; those of an orthogonal direction with the signs of its row."""
-        words_w = counter.words(self.key(name, role), *self._counters(step, k), first, last)
-        if self.law.kind == "orthogonal":
-            words_w ^= self._rows.signs(name, step, k, first, last)
-        return words_w
-
-    # ---- the sizes of Gaussian entries
-
-    def _sizes(self, name: str, role: str, step: int, k: int, start: int, stop: int) -> laws.Sizes | None:
-        """Those of some entries of a stream; None where entries are signs."""
-        if self.law.entries != "gaussian":
-            return None
-        runs = laws.runs(start, stop)
-        return laws.Sizes(runs, counter.words(self.key(name, role + _PLACES), step, k, runs.start, runs.stop))
 
     def _sizes_of_rows(
         self, name: str, step: int, k: int, first_n: torch.Tensor, columns_c: torch.Tensor, role: str = "entry"

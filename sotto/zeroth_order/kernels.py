@@ -92,17 +92,15 @@ def agree(kernel: Any, device: torch.device) -> bool:
         expected: dict[str, torch.Tensor] = {}
         for name, n in sizes.items():
             key = counter.stream_key("0" * 32, name, "entry")
-            draw, index = (rows.cycle(step), 0) if kind == "orthogonal" else (step, k)
-            words_w = counter.words(key, draw, index, 0, -(-n // laws.PER_WORD))
-            streams[name] = walsh.Stream(key, draw, index)
+            streams[name] = walsh.Stream(key, step, k)
             if kind == "orthogonal":
-                words_w = words_w ^ rows.signs(name, step, k, 0, len(words_w))
                 streams[name] = rows.stream(name, key, step, k)
-            entries = laws.signs(words_w)[:n]
             if kind == "gaussian":
-                streams[name] = walsh.Stream(key, draw, index, places=key ^ 1, stretch=0.5)
-                runs = laws.runs(0, n)
-                laws.Sizes(runs, counter.words(key ^ 1, draw, index, 0, runs.stop)).give(entries, 0, 0.5)
+                streams[name] = walsh.Stream(key, step, k, places=key ^ 1, stretch=0.5)
+            entries = laws.signs(streams[name].words(0, -(-n // laws.PER_WORD)))[:n]
+            sizes_e = streams[name].sizes(0, n)
+            if sizes_e is not None:
+                sizes_e.give(entries, 0, streams[name].stretch)
             expected[name] = torch.tensor(entries)
         if not _agree_on(kernel, device, streams, expected, 1e-6 if kind == "gaussian" else 0.0):
             return False

@@ -81,9 +81,9 @@ def places(words_r: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def stretched(stretch: float) -> _Floats:
-    """(SIZES + RUN,) the sizes times a number, each rounded once."""
-    return _sizes_from_any_place() * np.float32(stretch)
+def stretched(stretch: float, factor: float) -> _Floats:
+    """(SIZES + RUN,) the sizes times one number and then another, rounded after each."""
+    return _sizes_from_any_place() * np.float32(stretch) * np.float32(factor)
 
 
 class Sizes:
@@ -97,9 +97,9 @@ class Sizes:
         """
         self._runs, self._place_r = runs, places(words_r).astype(np.int64)
 
-    def give(self, signs_e: _Floats, start: int, stretch: float = 1.0) -> None:
-        """Turns signs, of the entries from number `start` on, into entries times a number; in place."""
-        table, stop = stretched(stretch), start + len(signs_e)
+    def give(self, signs_e: _Floats, start: int, stretch: float = 1.0, factor: float = 1.0) -> None:
+        """Turns signs, of the entries from number `start` on, into entries times one number and another; in place."""
+        table, stop = stretched(stretch, factor), start + len(signs_e)
         for run in runs(start, stop):
             first, last = max(start, run * RUN), min(stop, (run + 1) * RUN)
             part_e = signs_e[first - start : last - start]
@@ -114,22 +114,23 @@ class Sizes:
         return (int((found_r >> 28).sum()) << 28) + int((found_r & ((1 << 28) - 1)).sum())
 
 
-@functools.cache
-def _signs() -> _Floats:
-    """(256, 8): for every byte, a sign for each of its bits, the lowest first."""
+@functools.lru_cache(maxsize=64)
+def _signs(stretch: float, factor: float) -> _Floats:
+    """(256, 8): for every byte, a sign for each of its bits, the lowest first; times one number and then another."""
     bytes_n1 = np.arange(256, dtype=np.uint8)[:, None]
-    return 1 - 2 * np.unpackbits(bytes_n1, axis=1, bitorder="little").astype(np.float32)
+    found = 1 - 2 * np.unpackbits(bytes_n1, axis=1, bitorder="little").astype(np.float32)
+    return found * np.float32(stretch) * np.float32(factor)
 
 
-def signs(words_w: counter.Words, room: _Floats | None = None) -> _Floats:
-    """(w,) words -> (w * PER_WORD,) signs in float32.
+def signs(words_w: counter.Words, room: _Floats | None = None, stretch: float = 1.0, factor: float = 1.0) -> _Floats:
+    """(w,) words -> (w * PER_WORD,) signs in float32, times one number and another.
 
     Args:
       room: where they are written.
     """
     bytes_n = words_w.astype("<u4", copy=False).view(np.uint8)
     target = None if room is None else room[: 8 * bytes_n.size].reshape(-1, 8)
-    return _signs().take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
+    return _signs(stretch, factor).take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
 
 
 def signs_on_device(words_xw: torch.Tensor) -> torch.Tensor:

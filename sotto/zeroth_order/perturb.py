@@ -32,7 +32,7 @@ from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.small import Small
 from sotto.zeroth_order.walsh import Stream
 
-BLOCK = 1 << 22
+BLOCK = 1 << 21
 """Elements of a matrix up to which it is moved as a whole."""
 DEVICE_BLOCK = 1 << 24
 """The same on a GPU, which is faster at few large products."""
@@ -224,12 +224,8 @@ class Perturbed(TorchFunctionMode):
 
     def _move(self, name: str, value: torch.Tensor, side: Side, first: int, target: torch.Tensor) -> None:
         """Fills `target` with the moved elements of a parameter from number `first` on."""
-        source, last = value.detach().reshape(-1), first + target.numel()
-        if kernels.add(self.stream(name, side), side.shift, source[first:last], first, target):
-            return
-        for start, stop, u in self.directions.pieces(name, self.step, side.k, first, last, value.device):
-            # float32 or better, and rounded once to the type of the weight.
-            torch.add(source[start:stop], u, alpha=side.shift, out=target[start - first : stop - first])
+        source = value.detach().reshape(-1)[first : first + target.numel()]
+        self.directions.add(name, self.step, side.k, side.shift, source, first, target)
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         name = self.names.get(id(weight))

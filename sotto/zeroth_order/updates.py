@@ -31,8 +31,6 @@ from torch import nn
 from sotto.config import RunSection
 from sotto.errors import SottoError
 from sotto.optim import learning_rate
-from sotto.zeroth_order import entries as entries_module
-from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.perturb import DEVICE_BLOCK
 from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
@@ -40,6 +38,8 @@ from sotto.zeroth_order.release import NAME
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's own for AdamW
 LOG, START = "log", "start"
+CHUNK = 1 << 20
+"""Weights that are updated at a time on a CPU."""
 
 
 class Updates:
@@ -93,7 +93,7 @@ class Updates:
                 flat = {kind: held[name].view(-1) for kind, held in self.state.items()}
                 if self.anchor:
                     flat["anchor"] = self.anchor[name].view(-1)
-                chunk = DEVICE_BLOCK if parameter.is_cuda else entries_module.CHUNK
+                chunk = DEVICE_BLOCK if parameter.is_cuda else CHUNK
                 for start in range(0, parameter.numel(), chunk):
                     at = slice(start, min(start + chunk, parameter.numel()))
                     gradient = self._gradient(name, step, g_K, at, parameter)
@@ -110,12 +110,7 @@ class Updates:
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
         for k, number in enumerate(numbers):
             g = (number - mean) / self.directions.root
-            stream = self.directions.stream(name, step, k)
-            exact = None if stream is None or stream.places is not None else stream  # not where products are rounded
-            if kernels.add(exact, g, total, at.start, total):
-                continue
-            for start, stop, part in self.directions.pieces(name, step, k, at.start, at.stop, like.device):
-                total[start - at.start : stop - at.start].add_(part.to(like.dtype).mul_(g))
+            self.directions.add(name, step, k, g, total, at.start, total, exact=True)
         return total
 
     def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sotto.zeroth_order import counter
+from sotto.zeroth_order import counter, laws
 
 _ALL = 0xFFFFFFFF
 
@@ -46,6 +46,26 @@ class Stream(NamedTuple):
     first_word: int = 0
     places: int | None = None
     stretch: float = 1.0
+
+    def words(self, first: int, last: int) -> counter.Words:
+        """(w,) words `first` to `last`, with the signs of the row, on the CPU."""
+        words_w = counter.words(self.key, self.step, self.index, first, last)
+        if self.row >= 0:
+            words_w ^= self._row_signs(first, last)
+        return words_w
+
+    def sizes(self, start: int, stop: int) -> laws.Sizes | None:
+        """Those of the entries from number `start` to `stop`; None where they are signs."""
+        if self.places is None:
+            return None
+        runs = laws.runs(start, stop)
+        return laws.Sizes(runs, counter.words(self.places, self.step, self.index, runs.start, runs.stop))
+
+    def _row_signs(self, first: int, last: int) -> counter.Words:
+        """(w,) the row's signs, as words."""
+        word_w = np.arange(first, last, dtype=np.int64) + self.first_word
+        parity_w = np.bitwise_count(word_w & self.row) & 1
+        return (np.uint32(self.low) ^ (parity_w.astype(np.uint32) * np.uint32(_ALL))).astype(np.uint32)
 
 
 class Rows:
@@ -102,14 +122,8 @@ class Rows:
         place = self.row(step, k) >> 5, self._low(step, k), self._first_word[name]
         return Stream(key, self.cycle(step), 0, *place)
 
-    def signs(self, name: str, step: int, k: int, first: int, last: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-        """(w,) words `first` to `last` of a direction's signs on a tensor."""
-        word_w = np.arange(first, last, dtype=np.int64) + self._first_word[name]
-        parity_w = np.bitwise_count(word_w & (self.row(step, k) >> 5)) & 1
-        return (np.uint32(self._low(step, k)) ^ (parity_w.astype(np.uint32) * np.uint32(_ALL))).astype(np.uint32)
-
     def signs_on_device(self, name: str, step: int, k: int, word_w: torch.Tensor) -> torch.Tensor:
-        """The same for any words of a tensor, on any device: (..., w) int64 -> (..., w) int64 words in [0, 2^32)."""
+        """A direction's signs on some words of a tensor, on any device: (..., w) int64 -> the same, in [0, 2^32)."""
         common = (word_w + self._first_word[name]) & (self.row(step, k) >> 5)
         for half in (32, 16, 8, 4, 2, 1):  # folded until the lowest bit is the parity of all
             common = common ^ (common >> half)

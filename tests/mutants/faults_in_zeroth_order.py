@@ -102,7 +102,8 @@ def the_loss_may_have_any_shape(m: pytest.MonkeyPatch) -> None:
 @caught_by("test_train_zeroth.py::test_a_stopped_run_goes_on_to_the_same_bits[aggzo", 18)
 def a_resumed_run_begins_again_with_its_directions(m: pytest.MonkeyPatch) -> None:
     """The numbers of the log are replayed along other directions."""
-    wrapped(m, directions.Directions, "slice", lambda right, self, name, step, *rest: right(self, name, 0, *rest))
+    for made in ("slice", "stream"):
+        wrapped(m, directions.Directions, made, lambda right, self, name, step, *rest: right(self, name, 0, *rest))
     wrapped(m, updates.Updates, "restore", lambda right, self, *args: None)
 
 

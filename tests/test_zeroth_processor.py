@@ -1,0 +1,131 @@
+"""Moved weights on the CPU: the sum that three operations would give, whoever of several threads makes which part."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sotto.zeroth_order import laws, processor
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import LAWS, Law
+
+KEY, SIZE, FACTOR = "0123456789abcdef0123456789abcdef", 9 * 1000 + 7, 0.3
+SHAPES = {"before": torch.Size((131,)), "w": torch.Size((SIZE,))}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(processor, "PIECE", 256)
+    monkeypatch.setattr(processor, "WORDS", 4096)
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+def direction(kind: str, **others: Any) -> Directions:
+    return Directions(KEY, SHAPES, 3, Law(kind), **others)
+
+
+def source() -> torch.Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def moved(made: Directions, first: int = 0, stop: int = SIZE, target: torch.Tensor | None = None) -> torch.Tensor:
+    weights_e = source()[first:stop]
+    target_e = torch.full_like(weights_e, torch.nan) if target is None else target
+    assert processor.add(made.stream("w", 5, 1), FACTOR, weights_e, first, target_e)
+    return target_e
+
+
+@pytest.mark.parametrize("kind", LAWS)
+def test_entries_products_and_sums_are_each_rounded(kind, small_parts, threads):
+    made = direction(kind)
+    product_e = made.slice("w", 5, 1, 0, SIZE).mul(FACTOR)
+    expected_e = source().add(product_e)
+    assert torch.equal(moved(made), expected_e)
+    for first, stop in ((0, 1), (1, 2), (31, 33), (255, 258), (1000, 9001), (4096, SIZE), (SIZE - 1, SIZE)):
+        assert torch.equal(moved(made, first, stop), expected_e[first:stop])
+
+
+def test_the_target_may_be_the_source(small_parts, threads):
+    made, total_e = direction("gaussian"), source()
+    assert processor.add(made.stream("w", 5, 1), FACTOR, total_e, 0, total_e)
+    assert torch.equal(total_e, moved(made))
+
+
+def test_sums_begin_at_a_zero_without_a_sign(threads):
+    """As a GPU's do; a product alone would be -0 in half of the places."""
+    zero_e = torch.zeros(SIZE)
+    assert processor.add(direction("rademacher").stream("w", 5, 1), 0.0, zero_e, 0, zero_e)
+    assert not zero_e.signbit().any()
+
+
+def test_nothing_is_done_where_another_way_is_right():
+    stream, x = direction("rademacher").stream("w", 5, 1), torch.zeros(SIZE)
+    assert not processor.add(None, 1.0, x, 0, x)
+    for kind in (torch.float64, torch.bfloat16):
+        assert not processor.add(stream, 1.0, x.to(kind), 0, x.to(kind))
+        assert not processor.add(stream, 1.0, x, 0, x.to(kind))
+    on_gpu = torch.zeros(3, device="meta")
+    assert not processor.add(stream, 1.0, on_gpu, 0, on_gpu)
+    assert torch.equal(x, torch.zeros(SIZE))
+
+
+@pytest.mark.parametrize("where", ["here", "another thread"])
+def test_a_failure_of_any_thread_is_a_failure(where, small_parts, monkeypatch):
+    import threading
+
+    here, genuine = threading.get_ident(), laws.signs
+
+    def signs(*args: Any) -> Any:
+        if (threading.get_ident() == here) == (where == "here"):
+            raise MemoryError
+        return genuine(*args)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(laws, "signs", signs)
+    with pytest.raises(MemoryError):
+        moved(direction("rademacher"))
+
+
+def _in_a_child(queue: Any) -> None:
+    processor.PIECE = 256
+    torch.get_num_threads = lambda: 3
+    queue.put(moved(direction("gaussian")).numpy())
+
+
+def test_a_forked_process_has_threads_of_its_own(small_parts, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected_e = moved(direction("gaussian"))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_child, args=(queue,))
+    child.start()
+    try:
+        assert np.array_equal(queue.get(timeout=60), expected_e.numpy())
+    finally:
+        child.terminate()
+        child.join()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("case", ["plain", "masked", "low rank", "sphere"])
+def test_directions_are_added_whatever_they_are(case, exact, dtype):
+    shape = torch.Size((60, 40))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    law = Law("rademacher", 2) if case == "low rank" else Law("sphere" if case == "sphere" else "gaussian")
+    made = Directions(KEY, {"w": shape}, 2, law, {"w": mask} if case == "masked" else None)
+    weights_e = torch.randn(2400, generator=torch.Generator().manual_seed(1)).to(dtype)
+    target_e = torch.empty_like(weights_e)[:2000]
+    made.add("w", 1, 1, FACTOR, weights_e[400:], 400, target_e, exact)
+    expected_e = weights_e.double() + FACTOR * made.tensor("w", 1, 1).flatten().double()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-7, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(target_e.double(), expected_e[400:], rtol=tolerance, atol=tolerance)
+    assert target_e.dtype == dtype
