@@ -91,6 +91,15 @@ class Wrong:
         return source_e
 
 
+@pytest.mark.parametrize("row", [-1, 5])
+def test_a_row_that_is_not_there_is_not_read(row, monkeypatch):
+    monkeypatch.setattr(kernels, "kernel_for", lambda *_: Wrong())
+    table_nc, stream = torch.zeros(5, 7), walsh.Stream(1, 2, 3)
+    assert kernels.add_rows(stream, 1.0, table_nc, torch.tensor([0, 4])) is not None
+    with pytest.raises(RuntimeError, match="a row is looked up that its table does not have"):
+        kernels.add_rows(stream, 1.0, table_nc, torch.tensor([0, row]))
+
+
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [

@@ -38,12 +38,17 @@ def add(stream: walsh.Stream | None, shift: float, source_e: torch.Tensor, first
 def add_rows(
     stream: walsh.Stream | None, shift: float, table_nc: torch.Tensor, rows_n: torch.Tensor
 ) -> torch.Tensor | None:
-    """(n, c) rows of table + shift * u, repeated ones too; None if not done."""
+    """(n, c) rows of table + shift * u, repeated ones too; None if not done.
+
+    A row that is not there fails, as in torch, when the device gets to it.
+    """
     kernel = kernel_for(stream, table_nc)
     if kernel is None:
         return None
     if isinstance(table_nc, FakeTensor):
         return table_nc[rows_n]
+    inside_n = (rows_n >= 0) & (rows_n < len(table_nc))  # the kernel would read what lies beside the table
+    torch._assert_async(inside_n.all(), "a row is looked up that its table does not have")  # type: ignore[call-overload]
     return kernel.add_rows(stream, shift, table_nc.contiguous(), rows_n.contiguous())
 
 
