@@ -194,6 +194,28 @@ def test_missing_backbone_weights(copied):
         assert "up_proj" in refused("SOT311", loaded, folder, data).what
 
 
+@pytest.mark.parametrize(
+    ("kind", "data", "pooling", "key"),
+    [
+        ("llama", tiny.WRITE, "model", "num_hidden_layers"),
+        ("llama", tiny.CLASSIFY, "model", "num_hidden_layers"),
+        ("gpt2", tiny.WRITE, "model", "n_layer"),
+        ("bert", tiny.CLASSIFY, "model", "num_hidden_layers"),  # its names have no prefix
+        ("bert_mlm", tiny.CLASSIFY, "mean", "num_hidden_layers"),  # and these one that the model has not
+    ],
+)
+def test_layers_that_the_configuration_leaves_out(kind, data, pooling, key, copied):
+    folder = copied(kind)
+    loaded(folder, data, pooling)
+    edit(folder / "config.json", **{key: 1})
+    error = refused("SOT317", loaded, folder, data, pooling)
+    assert ".1." in error.what
+    assert "save_pretrained" in error.fix
+    stored = {name: x for name, x in load_file(folder / "model.safetensors").items() if ".1." not in name}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded(folder, data, pooling)
+
+
 def test_wrong_shape_in_the_backbone(copied):
     folder = copied("llama")
     stored = load_file(folder / "model.safetensors")

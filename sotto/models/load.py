@@ -6,6 +6,7 @@ weights, batch normalisation, a language model that sees the answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from sotto.models.pooling import MeanPooledClassifier, load_pooled
 from sotto.models.source import ModelFacts, inspect, resolve
 
 Task = Literal["classification", "generation"]
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def load_model(model: ModelSection, data: DataSection, method: MethodSection, se
       seed: initialises new weights. The global random state is left alone.
 
     Raises:
-      SottoError: SOT300 to SOT316, the model cannot be found, opened or trained privately.
+      SottoError: SOT300 to SOT317, the model cannot be found, opened or trained privately.
     """
     path = resolve(model.name, model.revision)
     facts = inspect(path)
@@ -85,7 +87,7 @@ def build_network(
       the model in evaluation mode, and the names of the weights that the folder does not hold.
 
     Raises:
-      SottoError: SOT306, SOT310, SOT311 or SOT314.
+      SottoError: SOT306, SOT310, SOT311, SOT314 or SOT317.
     """
     config = build_config(facts, keep_dropout=keep_dropout)
     # A head with the wrong number of classes is replaced below; a backbone that does not fit is refused there as well.
@@ -113,6 +115,7 @@ def build_network(
             why="config.json and the weights do not fit each other, or not the installed transformers.",
             fix="Try `AutoModel.from_pretrained(folder)` in Python; if that fails too, download the model again.",
         ) from error
+    _refuse_layers_left_out(network, report, facts)
     new = _new_weights(network, report, facts, task)
     if task == "classification" and (new or facts.labels != tuple(labels)):
         # A head that was trained for other classes (or the same in another order) is no better than a new one.
@@ -235,6 +238,30 @@ def _new_weights(network: nn.Module, report: dict[str, Any], facts: ModelFacts, 
             fix=fix,
         )
     return tuple(sorted(new))
+
+
+def _refuse_layers_left_out(network: nn.Module, report: dict[str, Any], facts: ModelFacts) -> None:
+    """Layers of the checkpoint beyond those of config.json would be left out without a word."""
+    known = {_NUMBER.sub(".*.", name) for name in network.state_dict()}
+    left_out = []
+    for key in report["unexpected_keys"]:
+        alike = _NUMBER.sub(".*.", key)
+        if alike != key and any(_ends(alike, name) or _ends(name, alike) for name in known):
+            left_out.append(key)
+    if left_out:
+        raise SottoError(
+            "SOT317",
+            what=f"The checkpoint has {len(left_out)} weights of layers that config.json leaves out, such as "
+            f"'{sorted(left_out)[0]}'.",
+            where=str(facts.path),
+            why="The model would be another, smaller one than its weights were trained for.",
+            fix="Put the number of layers in config.json right. If fewer are meant, load the model in Python, and save "
+            "it once with save_pretrained.",
+        )
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
