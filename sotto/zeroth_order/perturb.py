@@ -167,6 +167,7 @@ class Perturbed(TorchFunctionMode):
         self.directions, self.step, self.sides = directions, step, tuple(sides)
         self.names = {id(p): name for name, p in parameters.items()}
         self.used: set[str] = set()
+        self._room: torch.Tensor | None = None
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -243,25 +244,42 @@ class Perturbed(TorchFunctionMode):
     ) -> torch.Tensor:
         """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
-        rows = max(1, (DEVICE_BLOCK if weight.is_cuda else BLOCK) // c)
-        rows -= rows % ALIGNED if rows > ALIGNED else 0
-        if rows >= m:
+        blocks = -(-weight.numel() // (DEVICE_BLOCK if weight.is_cuda else BLOCK))
+        rows = -(-m // blocks)  # of one size, as a product of few outputs takes longer than its share
+        rows += -rows % ALIGNED if rows > ALIGNED else 0
+        if weight.is_cuda and rows >= m:
             return F.linear(input, self.moved(weight, side), bias)
-        # Given back at once: a model's memory is highest where activations meet, and not in here.
-        block = weight.detach().new_empty(min(rows, m) * c)  # of the weight's own kind, in a forecast too
+        room = self._room_of(weight, min(rows, m) * c)
+        if rows >= m:
+            self._move(name, weight, side, 0, room)
+            return F.linear(input, room.view(m, c), bias)
         autocast = torch.is_autocast_enabled(input.device.type)
         kind = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         out_nm = input.new_empty(input.numel() // c, m, dtype=kind)
         x_nc = input.reshape(-1, c).to(kind)
         for start in range(0, m, rows):
             at = slice(start, min(start + rows, m))
-            moved_rc = block[: (at.stop - start) * c].view(-1, c)
+            moved_rc = room[: (at.stop - start) * c].view(-1, c)
             self._move(name, weight, side, start * c, moved_rc.view(-1))
             if bias is None:
                 torch.mm(x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
             else:
                 torch.addmm(bias[at].to(kind), x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
         return out_nm.view(*input.shape[:-1], m)
+
+    def _room_of(self, weight: torch.Tensor, size: int) -> torch.Tensor:
+        """(size,) of the weight's own kind, for the moved rows of one call.
+
+        On a CPU it is kept for the pass: memory that is given back there comes again page by page, which took longer
+        than to fill it. On a GPU it is not, as a model's memory is highest where activations meet, and not in here.
+        """
+        if weight.is_cuda:
+            return weight.detach().new_empty(size)
+        room = self._room
+        if room is None or room.numel() < size or room.dtype != weight.dtype or room.device != weight.device:
+            self._room = room = None  # before there is another
+            self._room = room = weight.detach().new_empty(size)
+        return room[:size]
 
     def _embedding(
         self, func: Function, side: Side, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any
