@@ -34,7 +34,7 @@ FEDERATED: dict[str, Any] = {"kind": "federated", "local_batch_size": 2}
 
 
 def test_top_directions_are_those_of_the_singular_vectors():
-    rows = torch.randn(12, 40) * torch.linspace(5, 0.1, 12)[:, None]
+    rows = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)) * torch.linspace(5, 0.1, 12)[:, None]
     found = top_directions(rows, 4)
     wanted = torch.linalg.svd(rows, full_matrices=False)[2][:4]
     torch.testing.assert_close(found @ found.T, torch.eye(4), atol=1e-5, rtol=0)
@@ -181,8 +181,8 @@ def test_the_noise_does_not_tell_how_many_users_answered(answers: int):
     zero = torch.zeros(300_000)
     sent = ((u, engine.shares.message(zero, noise, 0, str(u)).numpy()) for u in range(answers))
     found = float(engine.add_up(np.arange(100), sent).gradients[LATENT].std())
-    assert found == pytest.approx(0.9 * 0.5 * math.sqrt(engine.shares.most / 40), rel=6e-3)
-    assert found != pytest.approx(0.9 * 0.5 * math.sqrt((engine.shares.most + 4) / 40), rel=6e-3)  # its twin, 10 sigma
+    assert found == pytest.approx(0.9 * 0.5 * math.sqrt(engine.shares.most / 40), rel=7e-3)  # five standard errors
+    assert found != pytest.approx(0.9 * 0.5 * math.sqrt((engine.shares.most + 4) / 40), rel=7e-3)  # its twin: nine
 
 
 def test_a_server_adds_the_shares_of_silent_users_and_not_of_sites(tmp_path: Path):
@@ -212,7 +212,7 @@ def test_a_message_has_its_own_share_of_noise_and_is_right_on_average():
     message = shares.message(vector, SecureNoise(), 0, "x")
     assert message.dtype == torch.int32
     noise = message.double() * shares.unit - vector.double()
-    assert float(noise.std()) == pytest.approx(0.25, rel=1e-2)
+    assert float(noise.std()) == pytest.approx(0.25, rel=1.3e-2)  # six standard errors
     assert abs(float(noise.mean())) < 6 * 0.25 / math.sqrt(100_000)
     assert shares.std / shares.unit >= 64
 

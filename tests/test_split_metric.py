@@ -75,7 +75,7 @@ def test_the_direction_is_uniform_and_independent_of_the_length() -> None:
     u = z / norms[:, None]
     # One coordinate of a uniform direction in n dimensions: (x + 1)/2 is Beta((n-1)/2, (n-1)/2).
     for coordinate in u.T:
-        assert stats.kstest(((coordinate + 1) / 2).numpy(), stats.beta(2, 2).cdf).pvalue > 1e-6
+        assert stats.kstest(((coordinate + 1) / 2).numpy(), stats.beta(2, 2).cdf).pvalue > 1e-8
     assert float((u.T @ u / len(u) - torch.eye(5, dtype=torch.float64) / 5).abs().max()) < 0.02
     assert abs(float(torch.corrcoef(torch.stack([norms, u[:, 0].abs()]))[0, 1])) < 0.03
 
@@ -88,7 +88,7 @@ def test_the_density_ratio_is_bounded_by_eta_times_the_distance() -> None:
     edges = torch.linspace(-0.04, 0.06, 11, dtype=torch.float64)
     left, right = (torch.histogram(x, edges).hist for x in (a, b))
     ratio = (left / right).max()
-    assert float(ratio) < math.exp(eta * distance) * 1.06
+    assert float(ratio) < math.exp(eta * distance) * 1.07  # five standard errors of the bin that has fewest
     assert float(ratio) > math.exp(eta * distance) * 0.94
 
 
