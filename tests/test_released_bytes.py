@@ -52,12 +52,13 @@ class Witness:
 
 
 def spellings(number: float) -> list[bytes]:
-    """A number as JSON and text write it, and as tensors hold it. Of the texts those with seven digits or more: a
-    fraction such as 0.5 stands in many places."""
-    single = float(np.float32(number))
-    words = {repr(number), f"{single:.7g}"}
-    return [*(w.encode() for w in sorted(words) if len(w.replace(".", "").lstrip("-0")) >= 7),
-            struct.pack("<d", number), struct.pack("<f", single)]  # fmt: skip
+    """A number as JSON and text write it, and as tensors hold it. Of the texts those with eight digits or more: a
+    fraction such as 0.5 stands in many places, and one of seven digits by chance in one run of ten thousand. So do four
+    bytes that are letters."""
+    words = {repr(number), str(np.float32(number))}
+    single = struct.pack("<f", number)
+    return [*(w.encode() for w in sorted(words) if len(w.replace(".", "").lstrip("-0")) >= 8),
+            struct.pack("<d", number), *([] if single.isascii() else [single])]  # fmt: skip
 
 
 def lists(units: list[int]) -> list[bytes]:
@@ -91,6 +92,13 @@ def files_in(paths: Iterable[Path]) -> list[Path]:
     return [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.is_file()]
 
 
+def stands_in(needle: bytes, content: bytes) -> bool:
+    """Whether it does; a number not as the beginning of a longer one, which is another."""
+    if needle not in content or not re.fullmatch(rb"[\d.e+-]+", needle):
+        return needle in content
+    return re.search(rb"(?<!\d)" + re.escape(needle) + rb"(?!\d)", content) is not None
+
+
 def found(files: list[Path], wanted: dict[str, list[bytes]]) -> list[tuple[str, str, bytes]]:
     """(file, kind, needle) of everything that was found. Four bytes of a float may stand anywhere by chance in weights,
     so there a number counts only as text or as eight bytes."""
@@ -100,7 +108,7 @@ def found(files: list[Path], wanted: dict[str, list[bytes]]) -> list[tuple[str, 
         binary = file.suffix == ".safetensors"
         for kind, options in wanted.items():
             for needle in options:
-                if needle in content and not (binary and len(needle) <= 4):
+                if stands_in(needle, content) and not (binary and len(needle) <= 4):
                     result.append((file.name, kind, needle))
     return result
 
