@@ -295,9 +295,9 @@ def test_members_of_a_private_run_are_not_told_apart(tmp_path: Path, kind: str):
     assert any("private data" in note for note in report.notes)
 
 
-def test_members_of_a_run_that_learnt_them_by_heart_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_members_of_a_run_that_learnt_them_by_heart_are(tmp_path: Path, seeded: pytest.MonkeyPatch):
     """The negative twin: a run whose noise was left out, and which says epsilon 8 all the same."""
-    no_noise(monkeypatch)
+    no_noise(seeded)
     tiny_runs.write_jsonl(tmp_path / "letters.jsonl", tiny_runs.rows(12))
     strong: dict[str, Any] = {"steps": 70, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 64}
     done = trained(
@@ -347,15 +347,15 @@ def learnt_by_heart(folder: Path, kind: str, write: Any, file: str, m: pytest.Mo
     return sotto.audit(config, plant=canaries)
 
 
-def test_they_are_found_in_a_classifier_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    report = learnt_by_heart(tmp_path, "classification", tiny_runs.write_csv, "notes.csv", monkeypatch, 120)
+def test_they_are_found_in_a_classifier_without_noise(tmp_path: Path, seeded: pytest.MonkeyPatch):
+    report = learnt_by_heart(tmp_path, "classification", tiny_runs.write_csv, "notes.csv", seeded, 120)
     assert report.numbers["area_under_curve"] > 0.75
     assert report.lower > report.claimed
 
 
 @pytest.mark.slow
-def test_they_are_found_in_a_language_model_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    report = learnt_by_heart(tmp_path, "completion", tiny_runs.write_jsonl, "letters.jsonl", monkeypatch, 24)
+def test_they_are_found_in_a_language_model_without_noise(tmp_path: Path, seeded: pytest.MonkeyPatch):
+    report = learnt_by_heart(tmp_path, "completion", tiny_runs.write_jsonl, "letters.jsonl", seeded, 24)
     assert report.numbers["area_under_curve"] > 0.9
     assert "planted_and_completed" not in report.numbers, "that is asked of secrets alone"
 

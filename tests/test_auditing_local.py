@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,13 @@ def test_less_noise_than_promised_is_a_bug(text: dict[str, Any]):
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0])
 def test_randomised_labels(epsilon: float, monkeypatch: pytest.MonkeyPatch):
-    changes = {"labels": "randomised", "label_epsilon": epsilon}
+    changes, seeded = {"labels": "randomised", "label_epsilon": epsilon}, random.Random(3).randrange
+    monkeypatch.setattr(local, "randomise", lambda given, k, e: labels.randomise(given, k, e, seeded))
     report = audit(changes, trials=12_000)
     assert not report.bug
     assert report.delta == 0
     assert report.lower > 0.5 * epsilon
-    monkeypatch.setattr(local, "randomise", lambda given, k, e: labels.randomise(given, k, 2 * e))
+    monkeypatch.setattr(local, "randomise", lambda given, k, e: labels.randomise(given, k, 2 * e, seeded))
     assert audit(changes, trials=12_000).bug, "the twin"
 
 

@@ -189,8 +189,8 @@ def test_new_tokens_are_not_found_in_a_private_run(tmp_path: Path, kind: str, me
     assert "planted_and_completed" not in report.numbers
 
 
-def test_new_tokens_are_found_where_noise_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    no_noise(monkeypatch)
+def test_new_tokens_are_found_where_noise_is_left_out(tmp_path: Path, fixed: pytest.MonkeyPatch):
+    no_noise(fixed)
     tiny_runs.write_jsonl(tmp_path / "letters.jsonl", tiny_runs.rows(12))
     run: dict[str, Any] = {"steps": 50, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 200}
     privacy = {"epsilon": 0.3, "num_units": 12, "delta": 1e-2}
@@ -318,7 +318,7 @@ def test_exposure_of_what_was_never_seen_is_that_of_a_random_rank(tmp_path: Path
     assert 0.7 < bits.mean() < 2.2, "1.44 for a uniform rank; its error here is 0.19"
 
 
-def test_secrets_stay_secret_in_a_private_run(tmp_path: Path, spelling: None):
+def test_secrets_stay_secret_in_a_private_run(tmp_path: Path, fixed: Any, spelling: None):
     report = sotto.audit(tiny_runs.config(tmp_path, "plain_text"), plant=24, kind="secret")
     assert report.attack == "planted secrets"
     assert not report.bug
@@ -331,19 +331,20 @@ def test_secrets_stay_secret_in_a_private_run(tmp_path: Path, spelling: None):
 
 
 def test_secrets_are_extracted_from_a_run_without_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fixed: pytest.MonkeyPatch, spelling: None, capsys: pytest.CaptureFixture[str]
 ):
-    no_noise(monkeypatch)
+    no_noise(fixed)
+    # Coins choose what is planted, and draws what is learnt: of six such numbers, five had all of it completed.
+    fixed.setattr(planting.secrets, "randbits", lambda bits: 6)
     tiny_runs.write_jsonl(tmp_path / "letters.jsonl", tiny_runs.rows(12))
     run: dict[str, Any] = {"steps": 130, "learning_rate": 0.02, "expected_batch_size": 12, "microbatch_size": 200}
     privacy = {"epsilon": 0.3, "num_units": 12, "delta": 1e-2}
     path = tiny_runs.write_yaml(tmp_path, "completion", run=run, method={"clip_norm": 10.0}, privacy=privacy)
-    monkeypatch.setattr("sys.argv", ["sotto", "audit", str(path), "--plant", "24", "--kind", "secret", "--json"])
+    fixed.setattr("sys.argv", ["sotto", "audit", str(path), "--plant", "24", "--kind", "secret", "--json"])
     cli.main()
     report = json.loads(capsys.readouterr().out)
     numbers = report["numbers"]
-    # Coins choose what is planted, and draws what is learnt: most of it mostly, and once in twelve runs less than half.
-    assert numbers["planted_and_completed"] >= max(1, numbers["planted"] / 6)
+    assert numbers["planted_and_completed"] > numbers["planted"] / 2
     assert numbers["left_out_and_completed"] <= 1
     assert numbers["exposure_of_planted_bits"] > 6 > 3.5 > numbers["exposure_of_left_out_bits"]
     assert any(note.startswith("the model gives away: The access code of ") for note in report["notes"])

@@ -240,7 +240,7 @@ AUDITED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", AUDITED)
-def test_an_audit_through_devices_and_server_stays_below_what_is_promised(name: str, tmp_path: Path):
+def test_an_audit_through_devices_and_server_stays_below_what_is_promised(name: str, seeded: Any, tmp_path: Path):
     report = sotto.audit(config(tmp_path, AUDITED[name], run={"steps": 8, "expected_batch_size": 30}), canaries=600)
     assert not report.bug
     # All canaries are users, more of them than the plan expects: with shares of their own they bring more noise.

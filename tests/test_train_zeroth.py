@@ -171,7 +171,7 @@ def test_replacing_a_record_takes_more_noise(tmp_path: Path):
 
 
 @pytest.mark.parametrize("method", ["aggzo", "laplace"])
-def test_an_audit_finds_no_more_than_was_promised(tmp_path: Path, method: str):
+def test_an_audit_finds_no_more_than_was_promised(tmp_path: Path, seeded: Any, method: str):
     wide = config(tmp_path, method=method, privacy={"num_units": 60}, run={"steps": 3})
     report = audit_mechanism(wide, canaries=300)
     assert not report.bug
