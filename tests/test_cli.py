@@ -85,7 +85,7 @@ def test_plan_starts_fast_and_without_torch(tmp_path: Path) -> None:
     used, done = process("plan", config, code=code)
     assert done.returncode == 0, done.stderr
     assert "noise_multiplier" in done.stdout
-    assert used < 3, "two seconds on an idle machine"
+    assert used < 4, "two seconds on an idle machine, and half as much again beside other programs"
 
 
 def test_without_a_command_the_help_is_shown() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -185,7 +187,7 @@ def test_sum_and_counts_together_cost_what_the_plan_bought(groups):
 
 @pytest.mark.parametrize(("groups", "exact"), [(1, False), (7, False), (1, True)])
 def test_both_parts_get_the_noise_that_was_paid_for(groups, exact):
-    """Exact noise on a count is rounded to halves, which adds about a hundredth to its deviation here."""
+    """Exact noise on a count is rounded to halves, which adds the variance of a uniform number in a half."""
     mechanism, clipping = adaptive(groups, exact=exact)
     sums, fractions = [], []
     norms = torch.rand(30, groups, dtype=torch.float64) * 2
@@ -199,7 +201,8 @@ def test_both_parts_get_the_noise_that_was_paid_for(groups, exact):
         batch = ClippedSum({"w": zeros(400)}, norms, 2.0)
         sums.append(mechanism.privatize(batch, step)["w"])
     noise, noise_of_counts = torch.cat(sums).double(), torch.cat(fractions)
-    for found, std in ((noise, mechanism.scale(2.0)), (noise_of_counts, mechanism.count_std(groups) / 50)):
+    count_std = math.hypot(mechanism.count_std(groups), 0.5 / math.sqrt(12) if exact else 0.0)
+    for found, std in ((noise, mechanism.scale(2.0)), (noise_of_counts, count_std / 50)):
         spread = 5 / (2 * found.numel()) ** 0.5  # five standard errors
         assert float(found.std()) == pytest.approx(std, rel=spread)
         assert abs(float(found.mean())) < 5 * std / found.numel() ** 0.5
