@@ -88,6 +88,18 @@ def test_values_that_are_refused(changes: dict[str, Any], said: str) -> None:
     assert said in refused(**changes)
 
 
+def test_a_delta_of_zero_is_explained(tmp_path: Path) -> None:
+    for method in ({}, {"gradient": "zeroth_order", "zeroth_noise": "laplace"}):
+        said = refused(privacy={"delta": 0}, method=method)
+        assert "laplace gives delta 0 whatever stands here" in said
+        assert "added up with other runs in the ledger. Write 1e-5, or leave it out (got 0)" in said
+    for other in (-1e-5, 1.0, True, "x"):
+        assert "laplace" not in refused(privacy={"delta": other})
+    with pytest.raises(SottoError, match=r"privacy\.delta") as caught:
+        Config.load(write(tmp_path, config_file.dump(VALUES).replace("epsilon: 3.0", "epsilon: 3.0\n  delta: 0.0")))
+    assert "x.yaml:" in caught.value.where
+
+
 def test_the_first_problem_is_explained_and_the_others_counted() -> None:
     with pytest.raises(SottoError) as caught:
         make(privacy={"epsilon": -1, "delta": 7}, run={"steps": -4})
