@@ -140,6 +140,18 @@ class RunDir:
             )  # fmt: skip
         return Plan.from_dict(values)
 
+    def split_progress(self, steps: int) -> tuple[bool, int]:
+        """Whether a split run's side is through, and the steps that its training has taken.
+
+        The vendor's has no statement: it is through with the checkpoint of the last step. A folder with an outbox is
+        the customer's, or that of both sides, and is through with the statement.
+        """
+        if self.finished:
+            return True, steps
+        numbers = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
+        step = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        return step >= steps and not (self.path / "private" / "outbox").exists(), step
+
     def verify(self, *names: str) -> None:
         """Compares files with the seal.
 
@@ -290,17 +302,19 @@ def list_runs(directory: Path) -> list[dict[str, Any]]:
         run = RunDir(path.parent)
         if not (run.path / "private").is_dir():
             continue  # somebody else's plan.json
-        state, done, planned = "finished" if run.finished else "unfinished", {}, {}
+        finished, step, state, done, planned = run.finished, last_step(run.path), "", {}, {}
         try:
             planned = run.read_json("plan.json")
             done = run.read_json("privacy.json") if run.finished else {}
+            if planned.get("kind") == "split":
+                finished, step = run.split_progress(planned["steps"])
         except SottoError:
             state = "damaged"
         found.append(
             {
                 "run": str(run.path),
-                "state": state,
-                "step": last_step(run.path),
+                "state": state or ("finished" if finished else "unfinished"),
+                "step": step,
                 "steps": planned.get("steps"),
                 "epsilon": done.get("epsilon"),
                 "delta": planned.get("delta"),

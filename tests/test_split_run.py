@@ -320,7 +320,7 @@ def test_central_training_refuses_what_it_would_ignore(tmp_path: Path) -> None:
 def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
     run = simulate(config(tmp_path, {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}))
     (listed,) = sotto.ls(tmp_path / "runs")
-    assert listed["state"] == "finished"
+    assert (listed["state"], listed["step"], listed["steps"]) == ("finished", 18, 18)
     assert listed["private"]
     assert listed["epsilon"] is None
     assert sotto.show(run.path) == run.statement
@@ -330,6 +330,8 @@ def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
             page()
     (run.path / "privacy.json").unlink()
     assert "sotto split ... --resume" in sotto.show(run.path)
+    (listed,) = sotto.ls(tmp_path / "runs")
+    assert (listed["state"], listed["step"]) == ("unfinished", 18), "trained, and without its statement"
     open_ = simulate(config(tmp_path))
     assert "NOT PRIVATE" in sotto.show(open_.path)
 

@@ -17,6 +17,7 @@ from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
 from sotto.split.simulate import answer_book, create, evaluate, noise_for, write_statement
 from sotto.split.vendor import Vendor
+from sotto.split.watch import Watch
 
 SENT = "sent.txt"
 
@@ -63,6 +64,7 @@ def vendor(
     resume: Path | None = None,
     ready: Callable[[Path, int], None] | None = None,
     stop: Callable[[], object] | None = None,
+    watch: Watch | None = None,
 ) -> Path:
     """Serves one customer: takes its upload, trains, and scores its queries until it is stopped.
 
@@ -71,6 +73,7 @@ def vendor(
       resume: a run folder to go on with.
       ready: called with the run folder and the port.
       stop: returns when the vendor shall stop; default: it serves until Ctrl-C.
+      watch: is told what happens in between.
 
     Returns:
       the run folder.
@@ -87,7 +90,7 @@ def vendor(
     made = Vendor(config)
     run = _run(config, stem, resume)
     with run.locked():
-        service = VendorService(made, run)
+        service = VendorService(made, run, watch)
         with superlink.serve(service, listen, certificates, plaintext) as port:
             if ready is not None:
                 ready(run.path, port)
@@ -96,6 +99,7 @@ def vendor(
                 stop()
             else:
                 _forever()
+            service.watch.ended()
     return run.path
 
 
