@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sotto import config_file
+from sotto import begun, config_file
 from sotto.config import Config
 from sotto.errors import SottoError, did_you_mean
 from sotto.metrics import last_step
@@ -73,6 +73,7 @@ class RunDir:
         Raises:
           SottoError: SOT503, it cannot be written.
         """
+        begun.note(self.path)
         root, new = self.path.parent, RunDir(self.path.with_name(f".{self.id}.new"))
         made = not root.exists()
         try:
@@ -231,6 +232,7 @@ class RunDir:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Refuses a second process on the same run."""
+        begun.note(self.path)
         descriptor = os.open(self.path / "private" / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "w") as file:
             try:

@@ -13,7 +13,7 @@ import tiny_runs
 import torch
 
 import sotto
-from sotto import cli
+from sotto import cli, config_file
 from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
@@ -336,9 +336,34 @@ def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
     assert "NOT PRIVATE" in sotto.show(open_.path)
 
 
+def test_an_interrupted_simulation_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config_file.dump(config(tmp_path).to_dict()), encoding="utf-8")
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(part: str, *words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["sotto", "split", "simulate", str(path), *words])
+        with monkeypatch.context() as patch:
+            patch.setattr(Customer, part, interrupt)
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        assert stop.value.code == 130
+        return capsys.readouterr().err
+
+    assert "Nothing was begun and nothing was charged" in interrupted("__init__")
+    assert not (tmp_path / "runs").exists()
+    said = interrupted("prepare")
+    run = tiny_runs.only_run(tmp_path)
+    assert f"sotto split simulate ... --resume {run}" in said
+    assert f"sotto split simulate ... --resume {run}" in interrupted("__init__", "--resume", str(run)), "it has begun"
+
+
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     setting = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
-    from sotto import config_file
 
     path = tmp_path / "recipe.yaml"
     path.write_text(config_file.dump(config(tmp_path, setting).to_dict()), encoding="utf-8")

@@ -15,7 +15,7 @@ from sotto.split.cache import ABOUT, write_private
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
-from sotto.split.simulate import answer_book, create, evaluate, noise_for, write_statement
+from sotto.split.simulate import answer_book, create, evaluate, noise_for, to_go_on, write_statement
 from sotto.split.vendor import Vendor
 from sotto.split.watch import Watch
 
@@ -30,11 +30,9 @@ def _role(config: Config, role: str) -> None:
         )  # fmt: skip
 
 
-def _run(config: Config, stem: str, resume: Path | None) -> RunDir:
-    if resume is not None:
-        return RunDir(resume)
-    run = RunDir.planned(config, stem)
-    create(run, config)
+def _folder(config: Config, stem: str, resume: Path | None, role: str) -> RunDir:
+    run = RunDir.planned(config, stem) if resume is None else RunDir(resume)
+    to_go_on(run, role)
     return run
 
 
@@ -87,8 +85,10 @@ def vendor(
     from sotto.split import superlink
 
     require_writable(config)
+    run = _folder(config, stem, resume, "vendor")
     made = Vendor(config)
-    run = _run(config, stem, resume)
+    if resume is None:
+        create(run, config)
     with run.locked():
         service = VendorService(made, run, watch)
         with superlink.serve(service, listen, certificates, plaintext) as port:
@@ -138,9 +138,11 @@ def customer(
     from sotto.split import supernode
 
     require_writable(config)
+    run = _folder(config, stem, resume, "customer")
     bottom, tokenizer = load_bottom(config)
     made = Customer(config, bottom, tokenizer, noise_for(config))
-    run = _run(config, stem, resume)
+    if resume is None:
+        create(run, config)
     if ready is not None:
         ready(run.path)
     with run.locked():
