@@ -355,8 +355,11 @@ class Config(Section):
 
     @property
     def not_private(self) -> str | None:
-        """Why this run has no guarantee, or None if it has one."""
-        if not self.privacy.private:
+        """Why this run has no guarantee, or None if it has one. That of a split run is its privatizer's."""
+        if isinstance(self.setting, SplitSetting):
+            if self.setting.privatizer == "none":
+                return "setting.privatizer is 'none'"
+        elif not self.privacy.private:
             return "privacy.epsilon is 'none'"
         if self.run.debug_noise_seed is not None:
             return "run.debug_noise_seed is set, so the noise can be recomputed"

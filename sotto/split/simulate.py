@@ -111,10 +111,8 @@ def to_go_on(run: RunDir, command: str) -> None:
 
 def create(run: RunDir, config: Config) -> None:
     """Writes the folder of a split run, which the commands that list and show runs can read."""
-    why = "setting.privatizer is 'none'" if setting_of(config).privatizer == "none" else None
-    if config.run.debug_noise_seed is not None:
-        why = "run.debug_noise_seed is set, so the noise can be recomputed"
-    plan = {"kind": "split", "steps": config.steps, "delta": setting_of(config).delta, "not_private": why}
+    delta, why = setting_of(config).delta, config.not_private
+    plan = {"kind": "split", "steps": config.steps, "delta": delta, "not_private": why}
     run.create(config, plan, {"secrets.json": "{}\n"})
 
 
