@@ -30,6 +30,7 @@ from sotto.config_types import (
     bytes_of,
     whole_number_as_text,
 )
+from sotto.config_unused import unused
 
 
 def _central_by_default(value: Any) -> Any:
@@ -364,6 +365,11 @@ class Config(Section):
         if self.run.debug_noise_seed is not None:
             return "run.debug_noise_seed is set, so the noise can be recomputed"
         return None
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Keys that were set and change nothing here, and why."""
+        return unused(self)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -312,3 +312,22 @@ def test_an_interrupted_score_or_sweep_says_where_to_look(
     for place, said in (("exported_model", begun.NOTHING), ("unit_scores", "see 'sotto ledger'")):
         words = ("evaluate", run, "--epsilon", "1")
         assert said in interrupted(capsys, monkeypatch, f"sotto.noisy_scores.{place}", *words)
+
+
+def test_plan_and_train_name_what_is_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.write_yaml(tmp_path, run={"steps": 1})
+    assert "Not used" not in call(capsys, monkeypatch, "plan", config)
+    set_ = [f"method.{key}" for key in ("zeroth_preset=dpzero", "zeroth_rank=2", "clip_share=0.02")]
+    words = [word for item in set_ for word in ("--set", item)]
+    line = (
+        "Not used: method.zeroth_preset, method.zeroth_rank (method.gradient is not zeroth_order); method.clip_share "
+        "(method.clipping is not adaptive)"
+    )
+    assert call(capsys, monkeypatch, "plan", config, *words).splitlines()[-1] == line
+    made = json.loads(call(capsys, monkeypatch, "plan", config, *words, "--json"))
+    assert made["unused"]["method.clip_share"] == "method.clipping is not adaptive"
+    monkeypatch.setattr(sys, "argv", ["sotto", "train", str(config), *words])
+    cli.main()
+    assert line in capsys.readouterr().err.splitlines()

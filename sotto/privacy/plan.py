@@ -57,6 +57,7 @@ class Plan:
       patience, look_every: of the rule that may end the run early, by public text; 0 where there is none.
       setting: of a federated run, what its section `setting` says; else None.
       split: of a split run, the same, and `data.max_length`; else None. What it promises is about what leaves.
+      unused: keys of the configuration that were set and change nothing, and why.
       result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
     """
@@ -89,6 +90,7 @@ class Plan:
     look_every: int = 0
     setting: dict[str, Any] | None = None
     split: dict[str, Any] | None = None
+    unused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     result: str = ""
     memory: dict[str, int] | None = None
 
@@ -239,6 +241,7 @@ def make_plan(config: Config) -> Plan:
         look_every=(run.look_every or 0) if run.patience else 0,
         setting=federated_facts(config),
         split=_split_facts(config),
+        unused=config.unused,
         result=_result(config),
     )
     return plan if planned is None else dataclasses.replace(plan, unamplified_epsilon=plan.unamplified_after(counted))

@@ -38,6 +38,8 @@ def render(plan: Plan) -> str:
         lines += ["", *_memory(plan.memory)]
     if plan.result:
         lines.append(f"result           {plan.result}")
+    if plan.unused:
+        lines += ["", unused(plan)]
     return "\n".join(lines)
 
 
@@ -53,6 +55,12 @@ def _against(plan: Plan, epsilon: float) -> list[str]:
     if (lost := lost_rounds(plan)) > 0:
         lines.append(f"lost rounds      {lost:.2g} of all draw fewer than masks need; setting.dropouts makes room")
     return lines
+
+
+def unused(plan: Plan) -> str:
+    """Which keys were set for nothing, those of one reason together."""
+    reasons = {why: [key for key in plan.unused if plan.unused[key] == why] for why in plan.unused.values()}
+    return "Not used: " + "; ".join(f"{', '.join(keys)} ({why})" for why, keys in reasons.items())
 
 
 def _split(plan: Plan, facts: dict[str, Any]) -> list[str]:
