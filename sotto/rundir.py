@@ -308,7 +308,7 @@ def list_runs(directory: Path) -> list[dict[str, Any]]:
         try:
             planned = run.read_json("plan.json")
             done = run.read_json("privacy.json") if run.finished else {}
-            if planned.get("kind") == "split":
+            if planned.get("kind") == "split" and isinstance(planned.get("steps"), int):
                 finished, step = run.split_progress(planned["steps"])
         except SottoError:
             state = "damaged"
