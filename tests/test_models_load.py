@@ -11,12 +11,14 @@ import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from sotto.config import DataSection, MethodSection, ModelSection
 from sotto.errors import SottoError
 from sotto.models import load, support
 from sotto.models.pooling import MeanPooledClassifier, masked_mean
+from sotto.models.source import inspect
 
 LORA = MethodSection()
 
@@ -214,6 +216,48 @@ def test_layers_that_the_configuration_leaves_out(kind, data, pooling, key, copi
     stored = {name: x for name, x in load_file(folder / "model.safetensors").items() if ".1." not in name}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     loaded(folder, data, pooling)
+
+
+class Sharing(nn.Module):
+    """Layers of which the second takes the keys of the first."""
+
+    def __init__(self, **values: int):
+        super().__init__()
+        self.config = PreTrainedConfig(num_hidden_layers=2, **values)
+        experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
+        self.layers = nn.ModuleList(
+            [nn.ModuleDict({"key": nn.Linear(2, 2)}), nn.ModuleDict({"up": nn.Linear(2, 2), "experts": experts})]
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "ahead", "left_out"),
+    [
+        ("layers.2.key.weight", 0, True),
+        ("model.layers.2.key.weight", 0, True),
+        ("layers.1.key.weight", 0, False),  # a layer that is there has no use for it
+        ("layers.1.experts.2.weight", 0, True),
+        ("layers.2.key.weight", 1, False),
+        ("layers.3.key.weight", 1, True),
+        ("layers.2.other.weight", 0, False),
+        ("tower.2.key.weight", 0, False),
+    ],
+)
+def test_only_whole_layers_are_left_out(folders, key, ahead, left_out):
+    facts, report = inspect(folders["llama"]), {"unexpected_keys": {key}}
+    network = Sharing(num_nextn_predict_layers=ahead)
+    if left_out:
+        assert key in refused("SOT317", load._refuse_layers_left_out, network, report, facts).what
+    else:
+        load._refuse_layers_left_out(network, report, facts)
+
+
+def test_layers_that_predict_further_ahead_may_be_left_out(copied):
+    folder = copied("llama")
+    edit(folder / "config.json", num_hidden_layers=1, num_nextn_predict_layers=1)
+    loaded(folder, tiny.WRITE)
+    edit(folder / "config.json", num_nextn_predict_layers=0)
+    refused("SOT317", loaded, folder, tiny.WRITE)
 
 
 def test_wrong_shape_in_the_backbone(copied):

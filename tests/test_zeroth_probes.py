@@ -96,6 +96,64 @@ def test_large_matrices_are_moved_block_by_block(monkeypatch, bias, dtype):
     assert not torch.allclose(whole, model(x))
 
 
+class Odd(nn.Module):
+    """Calls that are rare: a parameter that goes through a layer, arguments by name alone, a layer of no outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.weight = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 6))
+        self.bias, self.none = nn.Parameter(torch.randn(5)), nn.Parameter(torch.empty(0, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        asked = F.linear(self.query, self.weight)
+        named = F.linear(input=x, weight=self.weight, bias=self.bias)
+        return torch.cat([asked, named, F.layer_norm(input=named, normalized_shape=(5,), weight=self.bias)]).sum(1) + (
+            F.linear(x, self.none).sum()
+        )
+
+
+@pytest.mark.parametrize("law", [Law("rademacher"), Law("sphere")], ids=["signs", "sphere"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rare_calls_read_moved_weights_too(law, dtype):
+    torch.manual_seed(4)
+    model, x = Odd().to(dtype), torch.randn(3, 6).to(dtype)
+    names = dict(model.named_parameters())
+    directions = Directions(KEY, {name: p.shape for name, p in names.items()}, 2, law)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p += 0.25 * directions.tensor(name, 7, 1).to(dtype)
+        with Perturbed(names, directions, 7, [Side(1, 0.25)]):
+            found = model(x)
+        torch.testing.assert_close(found, other(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, model(x))
+
+
+def test_gradients_through_moved_weights_are_those_of_each_layers_own():
+    """Where autograd keeps a moved weight for later, the next layer's may not be written over it."""
+    torch.manual_seed(5)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(3, 6, requires_grad=True)
+    names = dict(model.named_parameters())
+    directions = Directions(KEY, {name: p.shape for name, p in names.items()}, 2)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p += 0.25 * directions.tensor(name, 7, 1)
+    with Perturbed(names, directions, 7, [Side(1, 0.25)]):
+        loss = model(x).square().sum()
+    torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (loss, other(x).square().sum())))
+
+
+@pytest.mark.parametrize("ids", [[-1, 2], [2, 40]])
+def test_a_row_that_is_not_there_is_not_another_one(ids):
+    """On a GPU the same, see `kernels.add_rows`."""
+    table = nn.Embedding(40, 3)
+    names = dict(table.named_parameters())
+    directions = Directions(KEY, {name: p.shape for name, p in names.items()}, 2)
+    with torch.no_grad(), Perturbed(names, directions, 7, [Side(1, 0.25)]), pytest.raises(IndexError):
+        table(torch.tensor(ids))
+
+
 @pytest.mark.parametrize("kind", ["llama", "roberta"])
 def test_blocks_change_no_number(monkeypatch, kind):
     model = build(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,34 @@ def test_a_failure_of_any_thread_is_a_failure(where, small_parts, monkeypatch):
     monkeypatch.setattr(laws, "signs", signs)
     with pytest.raises(MemoryError):
         moved(direction("rademacher"))
+
+
+def test_nothing_is_written_any_more_when_a_failure_is_told(small_parts, monkeypatch):
+    """One of three threads fails at once, while another has hardly begun."""
+    ended, genuine = [], processor._Sum._do
+
+    def do(self: Any, starts: Any) -> None:
+        if starts[0] == processor.PIECE:
+            raise MemoryError
+        if starts[0] == 2 * processor.PIECE:
+            time.sleep(0.2)
+        genuine(self, starts)
+        ended.append(starts[0] // processor.PIECE)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(processor._Sum, "_do", do)
+    with pytest.raises(MemoryError):
+        moved(direction("rademacher"))
+    assert sorted(ended) == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_sums_that_are_too_large_are_infinite_and_no_warning(kind, small_parts, threads):
+    huge_e = torch.full((SIZE,), 3e38)
+    assert processor.add(direction(kind).stream("w", 5, 1), 3e38, huge_e, 0, huge_e)
+    assert huge_e.isinf().any()
+    assert processor.add(direction(kind).stream("w", 5, 2), float("inf"), huge_e, 0, huge_e)
+    assert huge_e.isnan().any()
 
 
 def _in_a_child(queue: Any) -> None:

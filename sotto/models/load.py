@@ -34,7 +34,7 @@ from sotto.models.pooling import MeanPooledClassifier, load_pooled
 from sotto.models.source import ModelFacts, inspect, resolve
 
 Task = Literal["classification", "generation"]
-_NUMBER = re.compile(r"\.\d+\.")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -241,12 +241,23 @@ def _new_weights(network: nn.Module, report: dict[str, Any], facts: ModelFacts, 
 
 
 def _refuse_layers_left_out(network: nn.Module, report: dict[str, Any], facts: ModelFacts) -> None:
-    """Layers of the checkpoint beyond those of config.json would be left out without a word."""
-    known = {_NUMBER.sub(".*.", name) for name in network.state_dict()}
+    """Layers of the checkpoint beyond those of config.json would be left out without a word.
+
+    Not so weights that a layer has no use for, such as keys of a layer that takes another one's, and the layers after
+    the last that predict tokens further ahead, which config.json counts apart.
+    """
+    known = {_NUMBER.sub(".*", name) for name in network.state_dict()}
+    layers = {layer for name in network.state_dict() for layer in _layers(name)}
+    text = network.config.get_text_config()  # type: ignore[union-attr, operator]
+    last = getattr(text, "num_hidden_layers", 0)
+    ahead = range(last, last + (getattr(text, "num_nextn_predict_layers", 0) or 0))
     left_out = []
     for key in report["unexpected_keys"]:
-        alike = _NUMBER.sub(".*.", key)
-        if alike != key and any(_ends(alike, name) or _ends(name, alike) for name in known):
+        alike, of = _NUMBER.sub(".*", key), _layers(key)
+        if not of or not any(_ends(alike, name) or _ends(name, alike) for name in known):
+            continue
+        there = all(any(_ends(layer, name) or _ends(name, layer) for name in layers) for layer in of)
+        if not there and int(of[0].rsplit(".", 1)[1]) not in ahead:
             left_out.append(key)
     if left_out:
         raise SottoError(
@@ -258,6 +269,11 @@ def _refuse_layers_left_out(network: nn.Module, report: dict[str, Any], facts: M
             fix="Put the number of layers in config.json right. If fewer are meant, load the model in Python, and save "
             "it once with save_pretrained.",
         )
+
+
+def _layers(name: str) -> list[str]:
+    """The numbered modules that a weight is in, outermost first: "h.3.experts.7.w" is in h.3 and in h.3.experts.7."""
+    return [name[: number.end()] for number in _NUMBER.finditer(name)]
 
 
 def _ends(name: str, end: str) -> bool:

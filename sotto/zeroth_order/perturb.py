@@ -179,8 +179,9 @@ class Perturbed(TorchFunctionMode):
             return func(*args, **kwargs)
         self.used.update(self.names[found] for found in read)
         name = name_of(func)
-        if id(args[0]) in self.names and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
-            raise _writes(self.names[id(args[0])])
+        written = self.names.get(id(args[0])) if args else None
+        if written and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
+            raise _writes(written)
         return self.replace(func, args, kwargs)
 
     def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,7 +230,7 @@ class Perturbed(TorchFunctionMode):
         self.directions.add(name, self.step, side.k, side.shift, source, first, target)
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
-        name = self.names.get(id(weight))
+        name, input = self.names.get(id(weight)), self.moved(input, side)
         if name is None:
             return F.linear(input, weight, self.moved(bias, side))
         if not self.directions.is_low_rank(name):
@@ -244,7 +245,7 @@ class Perturbed(TorchFunctionMode):
     ) -> torch.Tensor:
         """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
-        blocks = -(-weight.numel() // (DEVICE_BLOCK if weight.is_cuda else BLOCK))
+        blocks = max(1, -(-weight.numel() // (DEVICE_BLOCK if weight.is_cuda else BLOCK)))
         rows = -(-m // blocks)  # of one size, as a product of few outputs takes longer than its share
         rows += -rows % ALIGNED if rows > ALIGNED else 0
         if weight.is_cuda and rows >= m:
@@ -271,9 +272,10 @@ class Perturbed(TorchFunctionMode):
         """(size,) of the weight's own kind, for the moved rows of one call.
 
         On a CPU it is kept for the pass: memory that is given back there comes again page by page, which took longer
-        than to fill it. On a GPU it is not, as a model's memory is highest where activations meet, and not in here.
+        than to fill it. On a GPU it is not, as a model's memory is highest where activations meet, and not in here. Nor
+        where autograd keeps what a call was given.
         """
-        if weight.is_cuda:
+        if weight.is_cuda or torch.is_grad_enabled():
             return weight.detach().new_empty(size)
         room = self._room
         if room is None or room.numel() < size or room.dtype != weight.dtype or room.device != weight.device:
@@ -301,8 +303,8 @@ class Perturbed(TorchFunctionMode):
 
     def moved_rows(self, name: str, table: torch.Tensor, rows_n: torch.Tensor, side: Side) -> torch.Tensor:
         """(n, c) some rows of a table at this side."""
-        u_nc = self.directions.rows(name, self.step, side.k, rows_n)
-        return torch.add(table.detach()[rows_n], u_nc, alpha=side.shift).to(table.dtype)
+        found_nc = F.embedding(rows_n, table.detach())  # which refuses numbers below zero; an index counts from the end
+        return found_nc.add(self.directions.rows(name, self.step, side.k, rows_n), alpha=side.shift).to(table.dtype)
 
 
 def _writes(what: str) -> SottoError:

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -63,25 +63,32 @@ class _Sum:
         if threads < 2:
             self._do(starts)
             return
-        others = [_pool(os.getpid()).submit(self._do, starts[i::threads]) for i in range(1, threads)]
+        others: list[Future[None]] = []
         try:
+            for i in range(1, threads):
+                others.append(_pool(os.getpid()).submit(self._do, starts[i::threads]))
             self._do(starts[::threads])
-        finally:  # nothing is written any more when this returns, whatever ends it
-            for other in others:
-                other.result()
+        finally:  # nothing is written any more when this returns, whichever of them failed
+            wait(others)
+        for other in others:
+            other.result()
 
     def _do(self, starts: Sequence[int]) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):  # weights that grew too large are no news here, as in torch
+            for start in starts:
+                self._part(start)
+
+    def _part(self, start: int) -> None:
         room, stretch = _room(), self._stream.stretch
-        for start in starts:
-            words_w = self._words_w[(start - self._begin) // laws.PER_WORD :][: PIECE // laws.PER_WORD]
-            low, high = max(start, self._first), min(start + PIECE, self._last)
-            if self._sizes is None:
-                part_e = laws.signs(words_w, room, stretch, self._factor)[low - start : high - start]
-            else:
-                part_e = laws.signs(words_w, room)[low - start : high - start]
-                self._sizes.give(part_e, low, stretch, self._factor)
-            at = slice(low - self._first, high - self._first)
-            np.add(self._source_e[at], part_e, out=self._target_e[at])
+        words_w = self._words_w[(start - self._begin) // laws.PER_WORD :][: PIECE // laws.PER_WORD]
+        low, high = max(start, self._first), min(start + PIECE, self._last)
+        if self._sizes is None:
+            part_e = laws.signs(words_w, room, stretch, self._factor)[low - start : high - start]
+        else:
+            part_e = laws.signs(words_w, room)[low - start : high - start]
+            self._sizes.give(part_e, low, stretch, self._factor)
+        at = slice(low - self._first, high - self._first)
+        np.add(self._source_e[at], part_e, out=self._target_e[at])
 
 
 def _room() -> _Floats:

@@ -53,10 +53,10 @@ class Sides(Perturbed):
         Raises:
           SottoError: SOT653, there is no rule for this function.
         """
-        name = name_of(func)
-        if func is F.linear:
+        name, first = name_of(func), args[0] if args else None
+        if func is F.linear and self.name(first) is None:
             return _linear(self, *args, **kwargs)
-        if name in ("embedding", "layer_norm", "rms_norm") and self.name(args[0]) is None:
+        if name in ("embedding", "layer_norm", "rms_norm") and args and self.name(first) is None:
             return _each(self, lambda side, x: self.one_side(func, (x, *args[1:]), kwargs, side), args[0])
         if name == "addmm" and len(args) == 3 and not kwargs:
             bias, x, weight = args

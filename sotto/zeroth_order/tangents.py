@@ -50,7 +50,7 @@ class Tangents(Perturbed):
         return forward_ad.make_dual(table.detach()[rows_n], u_nc.to(table.dtype))
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
-        return F.linear(input, self.moved(weight, side), self.moved(bias, side))
+        return F.linear(self.moved(input, side), self.moved(weight, side), self.moved(bias, side))
 
 
 @contextmanager
