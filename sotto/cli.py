@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core as typer_core
 
+from sotto import begun
 from sotto.errors import SottoError
 from sotto.federated.cli import app as federated_app
 from sotto.rundir import find_run
@@ -37,6 +38,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; errors that a user can cause are printed without a traceback."""
+    begun.clear()
     try:
         # Typer turns Ctrl-C into an exit code that it returns, or, in older releases, into an exception of its own.
         if app(standalone_mode=False) == INTERRUPTED:
@@ -56,9 +58,7 @@ def main() -> None:
 
 
 def _exit_interrupted() -> None:
-    print(
-        "\nInterrupted. What was finished is on disk: see 'sotto ls', and go on with 'sotto resume'.", file=sys.stderr
-    )
+    print(f"\nInterrupted. {begun.told()}", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 
@@ -191,6 +191,7 @@ def resume(run: RunPath) -> None:
     from sotto.rundir import RunDir
 
     path = find_run(run)
+    begun.note(path)
     if (done := commands._finished(path)) is not None:
         _report(done)
     elif distributed.follows():

@@ -331,7 +331,10 @@ def show(path: str | Path) -> str:
     if run.finished:
         return run.read("statement.txt")
     if planned.get("kind") == "split":
-        return f"Unfinished, or the vendor's: it has no statement. Go on with: sotto split ... --resume {run.path}\n"
+        through, step = run.split_progress(planned["steps"])
+        if through:
+            return f"The vendor's side, trained for {step} steps. What is promised is in the customer's statement.\n"
+        return f"Unfinished, with no statement yet. Go on with: sotto split ... --resume {run.path}\n"
     return f"Unfinished: it has no statement yet. Continue it with: sotto resume {run.path}\n"
 
 

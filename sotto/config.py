@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sotto import config_file
 from sotto.config_federated import FederatedSetting, agree
@@ -30,6 +30,7 @@ from sotto.config_types import (
     bytes_of,
     whole_number_as_text,
 )
+from sotto.config_unused import unused
 
 
 def _central_by_default(value: Any) -> Any:
@@ -121,7 +122,8 @@ class PrivacySection(Section):
     epsilon: Positive | Literal["none"]
     """The budget of this run. `none` trains WITHOUT privacy, says so everywhere, and writes no statement."""
     delta: Annotated[Real, Field(gt=0, lt=1)] = 1e-5
-    """The probability with which epsilon may fail to hold. Keep it well below 1/num_units."""
+    """The probability with which epsilon may fail to hold. Keep it well below 1/num_units. `zeroth_noise: laplace`
+    gives delta 0 whatever this is: what its noise costs is then also stated at this delta, at which runs add up."""
     max_examples_per_unit: Count = 1
     """Contribution bound: how many examples of one unit are used at most. For unit: record it is 1."""
     dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")] | None = None
@@ -132,6 +134,17 @@ class PrivacySection(Section):
     exact_noise: bool = False
     """Round sums to a public grid and add exact integer noise, so that no last bit of a float tells of the data. The
     same epsilon, and noise up to a thousandth larger. Numbers of zeroth-order gradients always get it."""
+
+    @field_validator("delta", mode="before")
+    @classmethod
+    def _zero_is_what_laplace_gives(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and value == 0 and not isinstance(value, bool):
+            raise ValueError(
+                "Gaussian noise never has delta 0, and method.zeroth_noise: laplace gives delta 0 whatever stands "
+                "here; with laplace this is the delta at which its cost is also stated, and added up with other runs "
+                "in the ledger. Write 1e-5, or leave it out"
+            )
+        return value
 
     @model_validator(mode="after")
     def _record_is_one(self) -> PrivacySection:
@@ -343,12 +356,20 @@ class Config(Section):
 
     @property
     def not_private(self) -> str | None:
-        """Why this run has no guarantee, or None if it has one."""
-        if not self.privacy.private:
+        """Why this run has no guarantee, or None if it has one. That of a split run is its privatizer's."""
+        if isinstance(self.setting, SplitSetting):
+            if self.setting.privatizer == "none":
+                return "setting.privatizer is 'none'"
+        elif not self.privacy.private:
             return "privacy.epsilon is 'none'"
         if self.run.debug_noise_seed is not None:
             return "run.debug_noise_seed is set, so the noise can be recomputed"
         return None
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Keys that were set and change nothing here, and why."""
+        return unused(self)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -25,6 +25,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from sotto import begun
 from sotto.config import Config
 from sotto.devices import device_of, several
 from sotto.errors import SottoError
@@ -215,6 +216,7 @@ def follow(config: Config, group: Group | None = None) -> Followed:
     from sotto import session as sessions
 
     group = group or Group.join(config)
+    begun.note(None)  # by the first process
     facts = group.tell(None)
     parts = sessions.load_parts(config, facts["directions"])
     if digest(parts.data) != facts["data"]:

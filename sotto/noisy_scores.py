@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sotto import begun
 from sotto.config import Config
 from sotto.data.load import LoadedData, ledger_id, load_dataset_for
 from sotto.evaluation import exported_model, held_out
@@ -72,6 +73,7 @@ def noisy_score(
     require_one_name(dataset, loaded.fingerprint)
     ledger = Ledger.open(dataset)
     name = f"score-{run.id}-{secrets.token_hex(4)}"
+    begun.note(None, "Whether the score was charged is in the ledger of its data: see 'sotto ledger'.")
     ledger.open_run(name, event, 1, delta=delta, neighboring_relation=relation)
     try:
         ledger.reserve(name, 0, event)

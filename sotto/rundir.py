@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sotto import config_file
+from sotto import begun, config_file
 from sotto.config import Config
 from sotto.errors import SottoError, did_you_mean
 from sotto.metrics import last_step
@@ -73,6 +73,7 @@ class RunDir:
         Raises:
           SottoError: SOT503, it cannot be written.
         """
+        begun.note(self.path)
         root, new = self.path.parent, RunDir(self.path.with_name(f".{self.id}.new"))
         made = not root.exists()
         try:
@@ -139,6 +140,18 @@ class RunDir:
                 fix=f"read its statement: sotto show {self.path}",
             )  # fmt: skip
         return Plan.from_dict(values)
+
+    def split_progress(self, steps: int) -> tuple[bool, int]:
+        """Whether a split run's side is through, and the steps that its training has taken.
+
+        The vendor's has no statement: it is through with the checkpoint of the last step. A folder with an outbox is
+        the customer's, or that of both sides, and is through with the statement.
+        """
+        if self.finished:
+            return True, steps
+        numbers = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
+        step = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        return step >= steps and not (self.path / "private" / "outbox").exists(), step
 
     def verify(self, *names: str) -> None:
         """Compares files with the seal.
@@ -219,6 +232,7 @@ class RunDir:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Refuses a second process on the same run."""
+        begun.note(self.path)
         descriptor = os.open(self.path / "private" / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "w") as file:
             try:
@@ -290,17 +304,19 @@ def list_runs(directory: Path) -> list[dict[str, Any]]:
         run = RunDir(path.parent)
         if not (run.path / "private").is_dir():
             continue  # somebody else's plan.json
-        state, done, planned = "finished" if run.finished else "unfinished", {}, {}
+        finished, step, state, done, planned = run.finished, last_step(run.path), "", {}, {}
         try:
             planned = run.read_json("plan.json")
             done = run.read_json("privacy.json") if run.finished else {}
+            if planned.get("kind") == "split" and isinstance(planned.get("steps"), int):
+                finished, step = run.split_progress(planned["steps"])
         except SottoError:
             state = "damaged"
         found.append(
             {
                 "run": str(run.path),
-                "state": state,
-                "step": last_step(run.path),
+                "state": state or ("finished" if finished else "unfinished"),
+                "step": step,
                 "steps": planned.get("steps"),
                 "epsilon": done.get("epsilon"),
                 "delta": planned.get("delta"),

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sotto import begun
 from sotto.config import Config
 from sotto.data.load import has_eval
 from sotto.errors import SottoError
@@ -141,6 +142,7 @@ def sweep(
                        "a score on private data is a release of its own, and is not paid for here",
                        "name public data in data.eval, and say so with --public-eval")  # fmt: skip
     folder = Path(config.output.dir) / f"{datetime.date.today().isoformat()}_sweep_{secrets.token_hex(3)}"
+    begun.note(folder, "A sweep cannot be continued. What its trials have spent stays charged: see 'sotto ledger'.")
     (folder / "private").mkdir(parents=True)
     (folder / "private").chmod(0o700)
     random = secrets.SystemRandom()

@@ -15,7 +15,7 @@ import tiny_runs
 import typer
 
 import sotto
-from sotto import cli, commands, sweeping
+from sotto import begun, cli, commands, sweeping
 from sotto.config import Config
 
 COMMANDS = [
@@ -260,4 +260,74 @@ def test_an_interrupt_before_anything_is_on_disk(
     with pytest.raises(SystemExit) as stop:
         call(capsys, monkeypatch, "ls")
     assert stop.value.code == 130
-    assert "Interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"\nInterrupted. {begun.NOTHING}\n"
+
+
+def interrupted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str, *words: str | Path
+) -> str:
+    """What a command says that is interrupted when it comes to `place`."""
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, interrupt)
+        with pytest.raises(SystemExit) as stop:
+            call(capsys, patch, *words)
+    assert stop.value.code == 130
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "there"),
+    [
+        ("sotto.session.load_parts", False),  # while the model is loaded
+        ("sotto.session._open_budget", False),  # the folder was made, and is taken back
+        ("sotto.commands.run_session", True),
+    ],
+)
+def test_an_interrupt_says_whether_anything_was_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str, there: bool
+) -> None:
+    config = tiny_runs.write_yaml(tmp_path)
+    said = interrupted(capsys, monkeypatch, place, "train", config)
+    assert said.endswith(f"\nInterrupted. {begun.KEPT if there else begun.NOTHING}\n")
+    assert (tmp_path / "runs").exists() == there
+    if there:
+        said = interrupted(capsys, monkeypatch, "sotto.session.resume", "resume", tiny_runs.only_run(tmp_path))
+        assert begun.KEPT in said, "it has begun, whoever began it"
+        said = interrupted(capsys, monkeypatch, "sotto.commands.ls", "ls")
+        assert begun.NOTHING in said, "what an earlier command began does not count"
+
+
+def test_an_interrupted_score_or_sweep_says_where_to_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_runs.write_csv(tmp_path / "held_out.csv", tiny_runs.rows(20, seed=9))
+    config = tiny_runs.write_yaml(tmp_path, data={"eval": str(tmp_path / "held_out.csv")})
+    words = ("sweep", config, "--over", "run.learning_rate=1e-3", "--public-eval")
+    assert "A sweep cannot be continued" in interrupted(capsys, monkeypatch, "sotto.sweeping._one", *words)
+    run = sotto.train(Config.load(config, [f"output.dir={tmp_path / 'other'}"])).path
+    for place, said in (("exported_model", begun.NOTHING), ("unit_scores", "see 'sotto ledger'")):
+        words = ("evaluate", run, "--epsilon", "1")
+        assert said in interrupted(capsys, monkeypatch, f"sotto.noisy_scores.{place}", *words)
+
+
+def test_plan_and_train_name_what_is_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.write_yaml(tmp_path, run={"steps": 1})
+    assert "Not used" not in call(capsys, monkeypatch, "plan", config)
+    set_ = [f"method.{key}" for key in ("zeroth_preset=dpzero", "zeroth_rank=2", "clip_share=0.02")]
+    words = [word for item in set_ for word in ("--set", item)]
+    line = (
+        "Not used: method.zeroth_preset, method.zeroth_rank (method.gradient is not zeroth_order); method.clip_share "
+        "(method.clipping is not adaptive)"
+    )
+    assert call(capsys, monkeypatch, "plan", config, *words).splitlines()[-1] == line
+    made = json.loads(call(capsys, monkeypatch, "plan", config, *words, "--json"))
+    assert made["unused"]["method.clip_share"] == "method.clipping is not adaptive"
+    monkeypatch.setattr(sys, "argv", ["sotto", "train", str(config), *words])
+    cli.main()
+    assert line in capsys.readouterr().err.splitlines()

@@ -88,6 +88,82 @@ def test_values_that_are_refused(changes: dict[str, Any], said: str) -> None:
     assert said in refused(**changes)
 
 
+def test_a_delta_of_zero_is_explained(tmp_path: Path) -> None:
+    for method in ({}, {"gradient": "zeroth_order", "zeroth_noise": "laplace"}):
+        said = refused(privacy={"delta": 0}, method=method)
+        assert "laplace gives delta 0 whatever stands here" in said
+        assert "added up with other runs in the ledger. Write 1e-5, or leave it out (got 0)" in said
+    for other in (-1e-5, 1.0, True, "x"):
+        assert "laplace" not in refused(privacy={"delta": other})
+    with pytest.raises(SottoError, match=r"privacy\.delta") as caught:
+        Config.load(write(tmp_path, config_file.dump(VALUES).replace("epsilon: 3.0", "epsilon: 3.0\n  delta: 0.0")))
+    assert "x.yaml:" in caught.value.where
+
+
+ZEROTH = {"gradient": "zeroth_order"}
+SPLIT = {
+    "setting": {"kind": "split", "privatizer": "dx_hidden", "eta": 2.0},
+    "privacy": {"unit": "record", "epsilon": "none"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": {"zeroth_preset": "dpzo"}}, {"method.zeroth_preset": "method.gradient is not zeroth_order"}),
+        ({"method": {"zeroth_preset": "dpzo", **ZEROTH}}, {}),
+        ({"method": {"side_every": 3}}, {"method.side_every": "method.train is not side"}),
+        ({"method": {"side_every": 3, "train": "side"}}, {}),
+        ({"method": {"reversible_streams": "stored"}}, {"method.reversible_streams": "method.train is not reversible"}),
+        ({"method": {"reversible_streams": "stored", "train": "reversible"}}, {}),
+        ({"method": {"lora_rank": 4}}, {}),
+        ({"method": {"lora_rank": 4, "train": "full"}}, {"method.lora_rank": "method.train is not lora"}),
+        ({"method": {"lora_rank": 4, "train": "reversible"}}, {}),
+        (
+            {"method": {"lora_rank": 4, "train": "reversible", "reversible_train": "full"}},
+            {"method.lora_rank": "method.reversible_train is not lora"},
+        ),
+        ({"method": {"clip_quantile": 0.6}}, {"method.clip_quantile": "method.clipping is not adaptive"}),
+        ({"method": {"clip_quantile": 0.6, "clipping": "adaptive"}}, {}),
+        ({"run": {"momentum": 0.9}}, {"run.momentum": "run.optimizer is adamw"}),
+        ({"run": {"momentum": 0.9}, "method": ZEROTH}, {}),
+        ({"method": {"lora_rank": 8, "zeroth_probes": None, "clip_share": 0.01, "train": "full"}}, {}),
+        (
+            {"setting": {"kind": "federated", "dropouts": 0.1, "local_epochs": 2}},
+            {"setting.dropouts": "setting.noise is not clients"},
+        ),
+        (
+            {"setting": {"kind": "federated", "noise": "clients", "dropouts": 0.1, "sites": 3, "local_epochs": 2}},
+            {"setting.local_epochs": "setting.sites is set"},
+        ),
+        ({**SPLIT}, {}),
+        ({**SPLIT, "run": {"microbatch_size": 8}}, {"run.microbatch_size": "setting.kind is split"}),
+        (
+            {**SPLIT, "setting": {**SPLIT["setting"], "delta": 1e-6, "exempt_share": 0.1}},
+            {
+                "setting.delta": "nothing in setting has a delta",
+                "setting.exempt_share": "setting.exempt is not selected",
+            },
+        ),
+        ({**SPLIT, "setting": {**SPLIT["setting"], "delta": 1e-6, "labels": "kept", "label_epsilon": 1.0}}, {}),
+    ],
+)
+def test_what_is_set_for_nothing_is_named_and_no_error(changes: dict[str, Any], said: dict[str, str]) -> None:
+    assert make(**changes).unused == said
+
+
+def test_every_option_of_a_method_that_was_not_chosen_is_named() -> None:
+    """Whatever is added to the section, by its name."""
+    defaults = make(method={"train": "full"})
+    assert not defaults.unused
+    names = [
+        n for n in type(defaults.method).model_fields if n.startswith(("lora_", "side_", "reversible_", "zeroth_"))
+    ]
+    assert len(names) > 18
+    other = defaults.method.model_copy(update=dict.fromkeys(names, "something else"))
+    assert set(defaults.model_copy(update={"method": other}).unused) == {f"method.{name}" for name in names}
+
+
 def test_the_first_problem_is_explained_and_the_others_counted() -> None:
     with pytest.raises(SottoError) as caught:
         make(privacy={"epsilon": -1, "delta": 7}, run={"steps": -4})

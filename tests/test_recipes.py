@@ -38,6 +38,7 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 def test_it_validates(recipe: Path) -> None:
     config = Config.load(recipe)
+    assert not config.unused
     assert config.not_private is None, "a shipped recipe is private"
     assert config.privacy.delta < 1 / config.privacy.num_units
     assert Config.from_dict(config.to_dict()) == config

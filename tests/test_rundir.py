@@ -69,6 +69,20 @@ def test_files_are_replaced_in_one_step(config: Config, monkeypatch: pytest.Monk
     assert [path.name for path in run.path.glob(".*")] == []
 
 
+def test_a_vendors_folder_is_through_with_its_last_step(config: Config) -> None:
+    run = create(config)
+    assert run.split_progress(10) == (False, 0)
+    for name in ("step-00000009", "step-00000008", ".writing-00000010-1", "step-later"):
+        (run.checkpoints / name).mkdir()
+    assert run.split_progress(10) == (False, 9)
+    (run.checkpoints / "step-00000010").mkdir()
+    assert run.split_progress(10) == (True, 10)
+    (run.path / "private" / "outbox").mkdir()
+    assert run.split_progress(10) == (False, 10), "a customer's, or both sides', is through with the statement"
+    run.write("privacy.json", "{}")
+    assert run.split_progress(10) == (True, 10)
+
+
 def test_one_process_at_a_time(config: Config) -> None:
     run = create(config)
     with run.locked(), pytest.raises(SottoError) as caught, run.locked():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import http.client
+import io
 import ipaddress
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,9 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from rich.console import Console
 
+import sotto
 from sotto.errors import SottoError
 from sotto.privacy.noise import DebugNoise
 from sotto.rundir import RunDir
@@ -34,6 +38,7 @@ from sotto.split.protocol import CustomerSession, VendorService
 from sotto.split.queries import QueryBook
 from sotto.split.simulate import evaluate, label_keeper, noise_for, simulate
 from sotto.split.vendor import Vendor
+from sotto.split.watch import OnScreen, Watch
 from sotto.split.wire import Manifest
 
 SETTING = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
@@ -377,6 +382,60 @@ def test_a_second_customer_with_the_same_texts_is_not_started_by_mistake(tmp_pat
         sides.customer(other, "customer", f"127.0.0.1:{port}", None, True)
 
 
+# ---- what the vendor's user sees
+
+
+def test_a_vendor_tells_its_user_what_happens_and_its_folder_is_finished(tmp_path: Path) -> None:
+    made, said = test_split_run.config(tmp_path, SETTING), io.StringIO()
+    with vendor_running(made, None, watch=OnScreen(Console(file=said, width=60))) as (port, path):
+        (listed,) = sotto.ls(tmp_path / "runs")
+        assert (listed["state"], listed["step"], listed["steps"]) == ("unfinished", 0, 18)
+        assert "--resume" in sotto.show(path)
+        assert not said.getvalue()
+        mine, _, _ = sides.customer(made, "customer", f"127.0.0.1:{port}", None, True)
+        sides.customer(made, "customer", f"127.0.0.1:{port}", None, True, resume=mine)
+    lines, count = said.getvalue().splitlines(), len(tiny_runs.rows())
+    assert lines[0] == (
+        f"a customer is connected: {count} texts in 4 pieces, of which 0 are here; cut above 1 block, labels sent; "
+        "agreed on, 18 steps of 20 texts"
+    )
+    assert re.fullmatch(r"the upload is here: training [\d,]+ parameters for 18 steps -> .*", lines[1])
+    assert lines[1].endswith(str(path))
+    assert lines[2] == "trained: 18 of 18 steps. Queries are answered until Ctrl-C"
+    assert lines[3] == "the customer asks for scores"
+    assert lines[4] == "the customer is connected again: 4 of 4 pieces are here"
+    assert lines[5:] == [f"ended; {2 * count} texts were scored"]
+    found = {run["run"]: (run["state"], run["step"], run["steps"]) for run in sotto.ls(tmp_path / "runs")}
+    assert found == {str(path): ("finished", 18, 18), str(mine): ("finished", 18, 18)}
+    assert sotto.show(path).startswith("The vendor's side, trained for 18 steps.")
+    assert tiny_runs.CANARY not in said.getvalue()
+
+
+def test_a_terminal_gets_a_bar_that_is_taken_away_when_training_fails(tmp_path: Path) -> None:
+    pair, said = Pair(tmp_path), io.StringIO()
+    screen = OnScreen(Console(file=said, width=80, force_terminal=True))
+    pair.service.watch = screen
+    steps: list[int] = []
+
+    def fails(step: int) -> None:
+        OnScreen.stepped(screen, step)
+        steps.append(step)
+        if step == 3:
+            raise OSError(28, "No space left on device")
+
+    screen.stepped = fails  # type: ignore[method-assign]
+    session = pair.session()
+    session.upload(pair.outbox.manifest, pair.outbox.read)
+    assert "SOT826" in refused(session.train, None)
+    with pytest.raises(OSError, match="No space"):
+        pair.service.wait()
+    assert steps == [1, 2, 3]
+    assert screen._bar.tasks[0].completed == 3
+    assert screen._bar.finished is False
+    assert not screen._bar.live.is_started
+    assert "trained:" not in said.getvalue()
+
+
 # ---- the connection itself
 
 
@@ -406,7 +465,7 @@ def files(folder: Path, name: str, authority: str = "authority") -> Certificates
 
 @contextmanager
 def vendor_running(
-    made: Any, certificates: Certificates | None, resume: Path | None = None
+    made: Any, certificates: Certificates | None, resume: Path | None = None, watch: Watch | None = None
 ) -> Iterator[tuple[int, Path]]:
     """A vendor in a thread."""
     up, over, found, plaintext = threading.Event(), threading.Event(), [], certificates is None
@@ -416,7 +475,7 @@ def vendor_running(
         up.set()
 
     def work() -> None:
-        sides.vendor(made, "vendor", "127.0.0.1:0", certificates, plaintext, resume, ready, over.wait)
+        sides.vendor(made, "vendor", "127.0.0.1:0", certificates, plaintext, resume, ready, over.wait, watch)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -324,6 +326,25 @@ def test_only_differential_privacy_is_stated_as_epsilon(values: dict, kind: type
     assert max(map(len, text.splitlines())) <= 102
 
 
+@pytest.mark.parametrize(("values", "kind"), SETTINGS)
+@pytest.mark.parametrize("labels", ["sent", "randomised", "kept"])
+def test_a_plan_says_what_the_statement_will_say(values: dict, kind: type, labels: str) -> None:
+    if labels != "sent":
+        values = {**values, "labels": labels, "label_epsilon": 1.5}
+    later = facts(**values)
+    if later.epsilon is not None:
+        later = dataclasses.replace(later, epsilon=2.0)
+    text = " ".join(statement.text(later).split())
+    told = dict(statement.planned(later.setting, 12))
+    for title, words in told.items():
+        for sentence in re.split(r"(?<=\.) ", words):
+            if not sentence.startswith(("Each text leaves once", "Two ", "'sotto split meaning'", "Some words leave")):
+                assert sentence.rstrip(".") in text, title
+    assert told["what leaves"].split(": ")[1].split(". ")[0] in text
+    assert ("'sotto split meaning'" in told["text"]) == (later.meaning is not None)
+    assert ("words" in told) == (later.setting.exempt != "none")
+
+
 def test_the_statement_names_exempt_words_and_what_labels_cost() -> None:
     text = " ".join(statement.text(facts(privatizer="dx_tokens", eta=2.0, exempt="selected")).split())
     assert "good, bad" in text
@@ -335,7 +356,7 @@ def test_the_statement_names_exempt_words_and_what_labels_cost() -> None:
     assert "every label as it is" in statement.text(facts(privatizer="none"))
     words = {"privatizer": "dx_tokens", "eta": 2.0, "exempt": "selected", "label_epsilon": 1.5}
     text = " ".join(statement.text(facts(**words, labels="randomised")).split())
-    assert "The choice of words used the labels too: together epsilon 2.500, delta 1e-05." in text
+    assert "The choice of words uses the labels too: together epsilon 2.500, delta 1e-05." in text
     text = " ".join(statement.text(facts(**words, labels="kept")).split())
     assert "together epsilon 2.500, delta 2e-05." in text
 

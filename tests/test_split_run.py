@@ -13,10 +13,12 @@ import tiny_runs
 import torch
 
 import sotto
-from sotto import cli
+from sotto import cli, config_file
 from sotto.config import Config
 from sotto.data.load import load_dataset_for
 from sotto.errors import SottoError
+from sotto.privacy.plan import Plan
+from sotto.reporting import plan_text
 from sotto.rundir import RunDir
 from sotto.split import simulate as module
 from sotto.split.answers import HEAD
@@ -320,7 +322,7 @@ def test_central_training_refuses_what_it_would_ignore(tmp_path: Path) -> None:
 def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
     run = simulate(config(tmp_path, {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}))
     (listed,) = sotto.ls(tmp_path / "runs")
-    assert listed["state"] == "finished"
+    assert (listed["state"], listed["step"], listed["steps"]) == ("finished", 18, 18)
     assert listed["private"]
     assert listed["epsilon"] is None
     assert sotto.show(run.path) == run.statement
@@ -330,13 +332,69 @@ def test_runs_are_listed_and_shown(tmp_path: Path) -> None:
             page()
     (run.path / "privacy.json").unlink()
     assert "sotto split ... --resume" in sotto.show(run.path)
+    (listed,) = sotto.ls(tmp_path / "runs")
+    assert (listed["state"], listed["step"]) == ("unfinished", 18), "trained, and without its statement"
     open_ = simulate(config(tmp_path))
     assert "NOT PRIVATE" in sotto.show(open_.path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"privatizer": "dx_tokens", "eta": 120.0}, "Metric privacy (d_X) with eta 120, for each token by itself."),
+        ({"privatizer": "gaussian", "epsilon": 8.0, "layer": 1}, "Local differential privacy: epsilon 8.000"),
+        ({"privatizer": "none", "layer": 1}, "None. Representations without noise can be turned back"),
+    ],
+)
+def test_a_plan_says_what_protects_the_text(tmp_path: Path, setting: dict, said: str) -> None:
+    made = config(tmp_path, setting)
+    text = plan_text.render(sotto.plan(made))
+    words = " ".join(text.split())
+    assert said in words
+    assert "Each text leaves once" in words
+    assert "every label as it is" in words
+    assert "epsilon: none This is about the training" in words
+    assert "the vendor trains for 18 steps" in words
+    assert "nothing is exported" in words
+    assert "add_or_remove_one" not in words, "the statement is about the replacement of a text"
+    open_ = setting["privatizer"] == "none"
+    assert ("NOT PRIVATE: setting.privatizer is 'none'." in words) == open_
+    assert ("NOT PRIVATE" in words) == open_
+    assert max(map(len, text.splitlines())) <= 120
+    assert sotto.plan(made).private == (made.not_private is None) == (not open_)
+    seeded = made.with_overrides(["run.debug_noise_seed=1"])
+    assert "NOT PRIVATE" in plan_text.render(sotto.plan(seeded))
+    assert Plan.from_dict(json.loads(json.dumps(sotto.plan(made).to_dict()))) == sotto.plan(made)
+
+
+def test_an_interrupted_simulation_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config_file.dump(config(tmp_path).to_dict()), encoding="utf-8")
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(part: str, *words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["sotto", "split", "simulate", str(path), *words])
+        with monkeypatch.context() as patch:
+            patch.setattr(Customer, part, interrupt)
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        assert stop.value.code == 130
+        return capsys.readouterr().err
+
+    assert "Nothing was begun and nothing was charged" in interrupted("__init__")
+    assert not (tmp_path / "runs").exists()
+    said = interrupted("prepare")
+    run = tiny_runs.only_run(tmp_path)
+    assert f"sotto split simulate ... --resume {run}" in said
+    assert f"sotto split simulate ... --resume {run}" in interrupted("__init__", "--resume", str(run)), "it has begun"
+
+
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     setting = {"privatizer": "dx_hidden", "eta": 30.0, "layer": 1}
-    from sotto import config_file
 
     path = tmp_path / "recipe.yaml"
     path.write_text(config_file.dump(config(tmp_path, setting).to_dict()), encoding="utf-8")

@@ -12,7 +12,7 @@ from torch import nn
 from sotto.config import RunSection
 from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
-from sotto.zeroth_order.law import Law
+from sotto.zeroth_order.law import LAWS, Law
 from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
 from sotto.zeroth_order.release import NAME
 from sotto.zeroth_order.updates import Updates
@@ -116,6 +116,36 @@ def test_as_the_optimizer_on_the_gradient_that_the_numbers_stand_for(kind, probe
         optimizer.step(gradient, step)  # type: ignore[arg-type]
     torch.testing.assert_close(weights(net), weights(plain), rtol=1e-9, atol=1e-9)
     assert not torch.equal(weights(net), weights(model(torch.float64)))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_of_one_direction_is_a_multiple_of_it(law, dtype):
+    """To the last bit: a product and a sum, which every device rounds alike."""
+    net = model(dtype)
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    run = RunSection(expected_batch_size=4, steps=2, learning_rate=0.3, optimizer="sgd", schedule="constant")
+    updates = Updates(dict(net.named_parameters()), Directions(KEY, shapes, 1, Law(law)), run, 2)
+    for step, number in enumerate([0.7, -1.3]):
+        g = float(torch.tensor(number))
+        expected = {
+            name: p.detach() + updates.directions.tensor(name, step, 0).to(dtype) * (-0.3 * g)
+            for name, p in updates.parameters.items()
+        }
+        updates.step({NAME: torch.tensor([number])}, step)
+        for name, p in updates.parameters.items():
+            assert torch.equal(p, expected[name])
+
+
+def test_how_a_step_is_rounded_is_part_of_the_fingerprint(monkeypatch):
+    plain = make("sgd", model(), probes=1)
+    before = plain.start
+    assert plain._at_once
+    assert not make("sgd", model(), probes=K)._at_once
+    assert not any(make(kind, model(), probes=1)._at_once for kind in ("momentum", "adamw"))
+    assert not make("sgd", model(), preset=PRESETS["dpzopo"], probes=1)._at_once
+    monkeypatch.setattr(Updates, "_at_once", False)
+    assert not torch.equal(before, make("sgd", model(), probes=1).start)
 
 
 @pytest.mark.parametrize("probes", [1, K])

@@ -56,6 +56,8 @@ class Plan:
       exact_noise: releases are whole multiples of a public grid, with exact noise; else noise is in float64.
       patience, look_every: of the rule that may end the run early, by public text; 0 where there is none.
       setting: of a federated run, what its section `setting` says; else None.
+      split: of a split run, the same, and `data.max_length`; else None. What it promises is about what leaves.
+      unused: keys of the configuration that were set and change nothing, and why.
       result: what `model/` will hold, and what cannot be merged into plain weights.
       memory: predicted bytes by part and the microbatch size that fits; performance only.
     """
@@ -87,6 +89,8 @@ class Plan:
     patience: int = 0
     look_every: int = 0
     setting: dict[str, Any] | None = None
+    split: dict[str, Any] | None = None
+    unused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     result: str = ""
     memory: dict[str, int] | None = None
 
@@ -236,6 +240,8 @@ def make_plan(config: Config) -> Plan:
         patience=run.patience or 0,
         look_every=(run.look_every or 0) if run.patience else 0,
         setting=federated_facts(config),
+        split=_split_facts(config),
+        unused=config.unused,
         result=_result(config),
     )
     return plan if planned is None else dataclasses.replace(plan, unamplified_epsilon=plan.unamplified_after(counted))
@@ -246,8 +252,16 @@ def federated_facts(config: Config) -> dict[str, Any] | None:
     return config.setting.model_dump(mode="json") if config.setting.kind == "federated" else None
 
 
+def _split_facts(config: Config) -> dict[str, Any] | None:
+    if config.setting.kind != "split":
+        return None
+    return {**config.setting.model_dump(mode="json", exclude_none=True), "max_length": config.data.max_length}
+
+
 def _result(config: Config) -> str:
     method, export = config.method, config.output.export
+    if config.setting.kind == "split":
+        return "the trained part, in the checkpoints of the vendor's run folder; nothing is exported"
     if export == "none":
         return "checkpoints only"
     if export == "adapter":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
+from typing import Any
+
+from sotto.config_split import SplitSetting
 from sotto.privacy.accounting import round_up
 from sotto.privacy.adversaries import adversaries, lost_rounds
 from sotto.privacy.plan import Alternative, Plan
 from sotto.reporting.memory_text import PARTS
+from sotto.split import statement
 
 GIB = 1024**3
 FEW_LOOKS = 1000
@@ -15,8 +20,10 @@ arXiv:2310.09639: 10,000 steps; MeZO, Malladi et al. 2023, arXiv:2305.17333: 20,
 
 def render(plan: Plan) -> str:
     """The plan as plain text: who, budget, what follows from it, alternatives, memory."""
-    lines = [_who(plan), ""]
-    if plan.epsilon is None:
+    lines = [] if plan.split else [_who(plan), ""]
+    if plan.split:
+        lines += _split(plan, plan.split)
+    elif plan.epsilon is None:
         lines += [
             f"NOT PRIVATE: {plan.not_private}.",
             f"steps {plan.steps:,}, about {plan.expected_batch_size:,} units each",
@@ -31,6 +38,8 @@ def render(plan: Plan) -> str:
         lines += ["", *_memory(plan.memory)]
     if plan.result:
         lines.append(f"result           {plan.result}")
+    if plan.unused:
+        lines += ["", unused(plan)]
     return "\n".join(lines)
 
 
@@ -45,6 +54,26 @@ def _against(plan: Plan, epsilon: float) -> list[str]:
     ]
     if (lost := lost_rounds(plan)) > 0:
         lines.append(f"lost rounds      {lost:.2g} of all draw fewer than masks need; setting.dropouts makes room")
+    return lines
+
+
+def unused(plan: Plan) -> str:
+    """Which keys were set for nothing, those of one reason together."""
+    reasons = {why: [key for key in plan.unused if plan.unused[key] == why] for why in plan.unused.values()}
+    return "Not used: " + "; ".join(f"{', '.join(keys)} ({why})" for why, keys in reasons.items())
+
+
+def _split(plan: Plan, facts: dict[str, Any]) -> list[str]:
+    """What protects a text of a split run, in the words of its statement."""
+    setting = SplitSetting.model_validate({key: value for key, value in facts.items() if key != "max_length"})
+    training = "This is about the training: no noise is added there"
+    training += "." if setting.privatizer != "none" else " either."
+    paragraphs = [*statement.planned(setting, facts["max_length"]), ("epsilon: none", training)]
+    lines = [f"NOT PRIVATE: {plan.not_private}.", ""] if plan.not_private else []
+    lines.append(f"split run        {plan.num_units:,} texts of a customer; the vendor trains for {plan.steps:,} steps")
+    for title, words in paragraphs:
+        first, *rest = textwrap.wrap(words, 103)
+        lines += [f"{title:<16} {first}", *(f"{'':<16} {line}" for line in rest)]
     return lines
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from sotto.privacy.accounting import round_up
 from sotto.privacy.plan import Plan
+from sotto.reporting.plan_text import unused
 
 if TYPE_CHECKING:
     from sotto.training import Session
@@ -31,6 +32,8 @@ def announce(session: Session) -> None:
         f" -> {session.run.path}",
         soft_wrap=True,
     )
+    if plan.unused:
+        console.print(unused(plan), soft_wrap=True, markup=False)
     if plan.not_private:
         console.print(f"[bold red]NOT PRIVATE: {plan.not_private}[/]")
 

@@ -76,12 +76,13 @@ def vendor(
 ) -> None:
     """Serve one customer: take its upload, train the top, score its queries. Ctrl-C ends it."""
     from sotto.split import sides
+    from sotto.split.watch import OnScreen
 
     def ready(run: Path, port: int) -> None:
         print(f"listening on port {port}; run folder: {run}", flush=True)
 
     certificates = _certificates(certificate, key, authority)
-    sides.vendor(_load(config, set), config.stem, listen, certificates, plaintext, resume, ready)
+    sides.vendor(_load(config, set), config.stem, listen, certificates, plaintext, resume, ready, watch=OnScreen())
 
 
 @app.command()

@@ -27,6 +27,7 @@ from sotto.split import wire
 from sotto.split.answers import AnswerBook
 from sotto.split.cache import Inbox, Representations
 from sotto.split.vendor import Vendor
+from sotto.split.watch import Watch
 from sotto.split.wire import Agreement, Piece, PieceFacts
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,14 @@ Call = Callable[[str, bytes], bytes]
 
 
 class VendorService:
-    """The vendor's end: checks every call, stores the upload, trains in a thread of its own, scores queries."""
+    """The vendor's end: checks every call, stores the upload, trains in a thread of its own, scores queries.
 
-    def __init__(self, vendor: Vendor, run: RunDir):
-        self.vendor, self.run = vendor, run
+    Attributes:
+      watch: is told what happens.
+    """
+
+    def __init__(self, vendor: Vendor, run: RunDir, watch: Watch | None = None):
+        self.vendor, self.run, self.watch = vendor, run, watch or Watch()
         self.inbox: Inbox | None = None
         self._ticket = b""
         self._lock = threading.Lock()
@@ -83,7 +88,9 @@ class VendorService:
             wire.refuse("the manifest cannot be read")
         with self._lock:
             inbox = Inbox.open(self.run.path / "private" / "inbox", text, self.vendor.agreement)
+            again = bool(self._ticket)
             self.inbox, self._ticket = inbox, secrets.token_bytes(TICKET)
+            self.watch.connected(self, again)
             self._start_training()
             return self._ticket + inbox.received.to_bytes(4, "little")
 
@@ -122,6 +129,7 @@ class VendorService:
         if self._training is None or self._training.is_alive() or self._failed is not None:
             wire.refuse("the model is not trained yet")
         scores = self.vendor.predict(parse_query(request, self.vendor.agreement))
+        self.watch.asked(len(scores))
         return scores.numpy().astype("<f4").tobytes()
 
     def _start_training(self) -> None:
@@ -133,9 +141,12 @@ class VendorService:
     def _train(self, sent: Representations) -> None:
         answer = self._ask if self.vendor.setting.labels == "kept" else None
         try:
-            self.vendor.train(sent, self.run.checkpoints, answer)
+            self.watch.training(self)
+            self.vendor.train(sent, self.run.checkpoints, answer, lambda step, loss: self.watch.stepped(step))
+            self.watch.trained(self)
         except BaseException as error:
             self._failed = error
+            self.watch.failed()
             log.exception("training failed")
 
     def _ask(self, examples_B: torch.Tensor, scores_BK: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ from sotto.split.cache import ABOUT, write_private
 from sotto.split.customer import Customer, load_bottom, setting_of
 from sotto.split.network import Certificates
 from sotto.split.protocol import CustomerSession, VendorService
-from sotto.split.simulate import answer_book, create, evaluate, noise_for, write_statement
+from sotto.split.simulate import answer_book, create, evaluate, noise_for, to_go_on, write_statement
 from sotto.split.vendor import Vendor
+from sotto.split.watch import Watch
 
 SENT = "sent.txt"
 
@@ -29,11 +30,9 @@ def _role(config: Config, role: str) -> None:
         )  # fmt: skip
 
 
-def _run(config: Config, stem: str, resume: Path | None) -> RunDir:
-    if resume is not None:
-        return RunDir(resume)
-    run = RunDir.planned(config, stem)
-    create(run, config)
+def _folder(config: Config, stem: str, resume: Path | None, role: str) -> RunDir:
+    run = RunDir.planned(config, stem) if resume is None else RunDir(resume)
+    to_go_on(run, role)
     return run
 
 
@@ -63,6 +62,7 @@ def vendor(
     resume: Path | None = None,
     ready: Callable[[Path, int], None] | None = None,
     stop: Callable[[], object] | None = None,
+    watch: Watch | None = None,
 ) -> Path:
     """Serves one customer: takes its upload, trains, and scores its queries until it is stopped.
 
@@ -71,6 +71,7 @@ def vendor(
       resume: a run folder to go on with.
       ready: called with the run folder and the port.
       stop: returns when the vendor shall stop; default: it serves until Ctrl-C.
+      watch: is told what happens in between.
 
     Returns:
       the run folder.
@@ -84,10 +85,12 @@ def vendor(
     from sotto.split import superlink
 
     require_writable(config)
+    run = _folder(config, stem, resume, "vendor")
     made = Vendor(config)
-    run = _run(config, stem, resume)
+    if resume is None:
+        create(run, config)
     with run.locked():
-        service = VendorService(made, run)
+        service = VendorService(made, run, watch)
         with superlink.serve(service, listen, certificates, plaintext) as port:
             if ready is not None:
                 ready(run.path, port)
@@ -96,6 +99,7 @@ def vendor(
                 stop()
             else:
                 _forever()
+            service.watch.ended()
     return run.path
 
 
@@ -134,9 +138,11 @@ def customer(
     from sotto.split import supernode
 
     require_writable(config)
+    run = _folder(config, stem, resume, "customer")
     bottom, tokenizer = load_bottom(config)
     made = Customer(config, bottom, tokenizer, noise_for(config))
-    run = _run(config, stem, resume)
+    if resume is None:
+        create(run, config)
     if ready is not None:
         ready(run.path)
     with run.locked():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sotto import begun
 from sotto.config import Config
 from sotto.data.load import has_eval, load_dataset_for
 from sotto.errors import SottoError
@@ -85,6 +86,7 @@ def simulate(config: Config, stem: str = "run", path: Path | None = None) -> Spl
     setting_of(config)
     require_writable(config)
     run = RunDir(path) if path is not None else RunDir.planned(config, stem)
+    to_go_on(run, "simulate")
     bottom, tokenizer = load_bottom(config)
     customer = Customer(config, bottom, tokenizer, noise_for(config))
     vendor = Vendor(config)
@@ -102,12 +104,15 @@ def simulate(config: Config, stem: str = "run", path: Path | None = None) -> Spl
     return SplitRun(run.path, accuracy, words, facts, customer, vendor)
 
 
+def to_go_on(run: RunDir, command: str) -> None:
+    """What to tell whoever interrupts a side of a split run, which 'sotto resume' does not go on with."""
+    begun.note(run.path, f"What was finished is on disk. Go on with: sotto split {command} ... --resume {run.path}")
+
+
 def create(run: RunDir, config: Config) -> None:
     """Writes the folder of a split run, which the commands that list and show runs can read."""
-    why = "setting.privatizer is 'none'" if setting_of(config).privatizer == "none" else None
-    if config.run.debug_noise_seed is not None:
-        why = "run.debug_noise_seed is set, so the noise can be recomputed"
-    plan = {"kind": "split", "steps": config.steps, "delta": setting_of(config).delta, "not_private": why}
+    delta, why = setting_of(config).delta, config.not_private
+    plan = {"kind": "split", "steps": config.steps, "delta": delta, "not_private": why}
     run.create(config, plan, {"secrets.json": "{}\n"})
 
 

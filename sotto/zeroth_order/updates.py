@@ -13,7 +13,8 @@ step. Replaying it gives the same bits on every device and under every sharding:
 operation, in the type of the weights, is one that IEEE 754 rounds in one way. None is fused with another, and nothing
 is divided by a number that is the same for all entries, because GPUs multiply with its reciprocal instead.
 
-No gradient is ever whole: weights are updated a chunk at a time, so SGD needs no memory that grows with the model.
+No gradient is ever whole: weights are updated a chunk at a time, so SGD needs no memory that grows with the model. With
+one direction its step is a multiple of that, and is added to the weights themselves.
 """
 
 from __future__ import annotations
@@ -90,6 +91,10 @@ class Updates:
             self.anchor = {n: self.parameters[n].detach().clone() for n in self.anchor}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
+                if self._at_once:
+                    weights, (g,) = parameter.view(-1), self._numbers(name, g_K)
+                    self.directions.add(name, step, 0, -self._rate(step) * g, weights, 0, weights, exact=True)
+                    continue
                 flat = {kind: held[name].view(-1) for kind, held in self.state.items()}
                 if self.anchor:
                     flat["anchor"] = self.anchor[name].view(-1)
@@ -102,21 +107,33 @@ class Updates:
             for name, average in self.ema.items():
                 average.add_(self.parameters[name].sub(average).mul_(1 - decay))
 
-    def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
-        """(e,) elements of sum_k g_k u_k / root, of the numbers of this tensor's part."""
-        total = torch.zeros(at.stop - at.start, dtype=like.dtype, device=like.device)
+    @property
+    def _at_once(self) -> bool:
+        """Whether a step is one multiple of one direction, which is added to the weights themselves."""
+        run = self.run
+        plain = run.optimizer == "sgd" and not run.momentum and not run.weight_decay and not self.anchor
+        return plain and self.directions.count == 1
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.run, step, self.steps) * 0.5 ** (sum(s <= step for s in self.stage_starts) - 1)
+
+    def _numbers(self, name: str, g_K: torch.Tensor) -> list[float]:
+        """What each direction is multiplied with, for the gradient of a tensor: g / root, of its part's numbers."""
         first = self.directions.part[name] * self.directions.count
         numbers = g_K[first : first + self.directions.count].double().tolist()
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
-        for k, number in enumerate(numbers):
-            g = (number - mean) / self.directions.root
+        return [(number - mean) / self.directions.root for number in numbers]
+
+    def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
+        """(e,) elements of the sum of the directions times their numbers."""
+        total = torch.zeros(at.stop - at.start, dtype=like.dtype, device=like.device)
+        for k, g in enumerate(self._numbers(name, g_K)):
             self.directions.add(name, step, k, g, total, at.start, total, exact=True)
         return total
 
     def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
         """One chunk. Each line is one operation, so that no device fuses two of them."""
-        rate, run = learning_rate(self.run, step, self.steps), self.run
-        rate *= 0.5 ** (sum(start <= step for start in self.stage_starts) - 1)
+        rate, run = self._rate(step), self.run
         if self.anchor:
             gradient.add_(weights.sub(state["anchor"]).mul_(self.preset.proximal))
         if run.optimizer == "adamw":
@@ -175,6 +192,8 @@ class Updates:
         """(32,) uint8 fingerprint of the weights before the first step, and of the directions."""
         spec = {"directions": self.directions.spec(), "run": self.run.model_dump(mode="json"), "steps": self.steps}
         spec["stages"], spec["proximal"] = self.preset.stages, self.preset.proximal
+        if self._at_once:
+            spec["update"] = "at once"  # logs from before, which were rounded once more, are refused
         for key in (
             "microbatch_size",
             "memory",
