@@ -67,6 +67,20 @@ def test_sums_begin_at_a_zero_without_a_sign(threads):
     assert not zero_e.signbit().any()
 
 
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_the_sign_of_a_zero_does_not_follow_what_was_asked_before(kind):
+    """A rate of 0 at the end of a schedule, times numbers of either sign, on weights that are -0."""
+    found = []
+    for factors in ((0.0, -0.0), (-0.0, 0.0)):
+        laws._signs.cache_clear()
+        laws.stretched.cache_clear()
+        for factor in factors:
+            weights_e = torch.full((SIZE,), -0.0)
+            direction(kind).add("w", 5, 1, factor, weights_e, 0, weights_e, exact=True)
+            found.append(weights_e.signbit())
+    assert all(torch.equal(signs, found[0]) for signs in found[1:])
+
+
 def test_nothing_is_done_where_another_way_is_right():
     stream, x = direction("rademacher").stream("w", 5, 1), torch.zeros(SIZE)
     assert not processor.add(None, 1.0, x, 0, x)

@@ -188,6 +188,7 @@ class Directions:
           exact: the same bits on every device: the product is rounded, and then the sum.
         """
         stream, device = self.stream(name, step, k), target_e.device
+        factor += 0.0  # of -0 a table that is kept (`laws`) would be that of 0, and the sign of a sum of zeros another
         if processor.add(stream, factor, source_e, first, target_e):
             return
         fused = exact and stream is not None and stream.places is not None  # whose products are not exact
