@@ -96,6 +96,38 @@ def test_large_matrices_are_moved_block_by_block(monkeypatch, bias, dtype):
     assert not torch.allclose(whole, model(x))
 
 
+class Wide(nn.Module):
+    """A layer of GPT-2: its weight has a row for each input."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("inputs", [0, 1, 11])
+@pytest.mark.parametrize("block", [3, 13, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_matrices_with_a_row_for_each_input(monkeypatch, dtype, block, inputs):
+    torch.manual_seed(3)
+    model, x, moved = Wide(inputs).to(dtype), torch.randn(4, inputs).to(dtype), []
+    names = dict(model.named_parameters())
+    directions = Directions(KEY, {name: p.shape for name, p in names.items()}, 2)
+    other, genuine = copy.deepcopy(model), Perturbed._move
+    monkeypatch.setattr(perturb, "BLOCK", block)
+    monkeypatch.setattr(Perturbed, "_move", lambda *args: moved.append(args[-1].numel()) or genuine(*args))
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p += (0.25 * directions.tensor(name, 7, 1)).to(dtype)
+        with Perturbed(names, directions, 7, [Side(1, 0.25)]):
+            found = model(x)
+        tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, other(x), rtol=tolerance, atol=tolerance)
+    assert max(moved) <= max(5, inputs * 5 if dtype is torch.bfloat16 else block + 5)
+
+
 class Odd(nn.Module):
     """Calls that are rare: a parameter that goes through a layer, arguments by name alone, a layer of no outputs."""
 
@@ -129,10 +161,14 @@ def test_rare_calls_read_moved_weights_too(law, dtype):
     assert not torch.allclose(found, model(x))
 
 
-def test_gradients_through_moved_weights_are_those_of_each_layers_own():
-    """Where autograd keeps a moved weight for later, the next layer's may not be written over it."""
+@pytest.mark.parametrize("kind", ["layers", "parts of a layer"])
+def test_gradients_through_moved_weights_are_those_of_each_layers_own(kind, monkeypatch):
+    """Where autograd keeps a moved weight for later, the next one's may not be written over it."""
     torch.manual_seed(5)
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(3, 6, requires_grad=True)
+    if kind == "parts of a layer":
+        model = Wide(6)
+        monkeypatch.setattr(perturb, "BLOCK", 13)
     names = dict(model.named_parameters())
     directions = Directions(KEY, {name: p.shape for name, p in names.items()}, 2)
     other = copy.deepcopy(model)
@@ -154,7 +190,7 @@ def test_a_row_that_is_not_there_is_not_another_one(ids):
         table(torch.tensor(ids))
 
 
-@pytest.mark.parametrize("kind", ["llama", "roberta"])
+@pytest.mark.parametrize("kind", ["llama", "roberta", "gpt2"])
 def test_blocks_change_no_number(monkeypatch, kind):
     model = build(kind)
     whole = prober(model, kind).differences(batch(kind), 3)

@@ -201,6 +201,8 @@ class Perturbed(TorchFunctionMode):
             return self._embedding(func, side, *args, **kwargs)
         if func is F.linear:
             return self.linear(side, *args, **kwargs)
+        if func is torch.addmm and len(args) == 3 and not kwargs and self.name(args[1]) is None:
+            return self._addmm(side, *args)
         return func(*self._move_all(args, side), **self._move_all(kwargs, side))
 
     def _move_all(self, value: Any, side: Side) -> Any:
@@ -267,6 +269,24 @@ class Perturbed(TorchFunctionMode):
             else:
                 torch.addmm(bias[at].to(kind), x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
         return out_nm.view(*input.shape[:-1], m)
+
+    def _addmm(self, side: Side, bias: Any, x_nc: torch.Tensor, weight_cm: Any) -> torch.Tensor:
+        """Bias + x W, as GPT-2 calls it; of a large matrix some inputs at a time, where adding up loses nothing."""
+        name, out_nm = self.name(weight_cm), self.moved(bias, side)
+        if name is None or self.directions.is_low_rank(name):
+            return torch.addmm(out_nm, x_nc, self.moved(weight_cm, side))
+        c, m = weight_cm.shape
+        whole = torch.is_autocast_enabled(x_nc.device.type) or x_nc.dtype not in (torch.float32, torch.float64)
+        whole |= torch.is_grad_enabled()  # as in `_room_of`
+        blocks = 1 if whole else max(1, -(-weight_cm.numel() // (DEVICE_BLOCK if weight_cm.is_cuda else BLOCK)))
+        rows = max(1, -(-c // blocks))
+        room = self._room_of(weight_cm, rows * m)
+        for start in range(0, max(c, 1), rows):
+            at = slice(start, min(start + rows, c))
+            moved_rm = room[: (at.stop - start) * m].view(-1, m)
+            self._move(name, weight_cm, side, start * m, moved_rm.view(-1))
+            out_nm = torch.addmm(out_nm, x_nc[:, at], moved_rm)
+        return out_nm
 
     def _room_of(self, weight: torch.Tensor, size: int) -> torch.Tensor:
         """(size,) of the weight's own kind, for the moved rows of one call.
