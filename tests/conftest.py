@@ -24,6 +24,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_numbers() -> None:
+    """torch's generator begins anew, so that no test draws what follows from those that ran before it by chance."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def seeded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Coins, batches and noise of a run that are the same in each run of the tests: for what holds often, not always.

@@ -52,6 +52,9 @@ class Tangents(Perturbed):
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         return F.linear(self.moved(input, side), self.moved(weight, side), self.moved(bias, side))
 
+    def _addmm(self, side: Side, bias: Any, x_nc: torch.Tensor, weight_cm: Any) -> torch.Tensor:
+        return torch.addmm(self.moved(bias, side), x_nc, self.moved(weight_cm, side))
+
 
 @contextmanager
 def derivatives() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
