@@ -11,6 +11,7 @@ Memory is the high-water mark of a step (probes and update) above the built mode
 threads those of a clock, on CUDA the device's), of the probes and of the whole step, against two plain forward passes
 of the same batch with the same loss for each direction, or one where differences are centred (several directions); such
 a pass is timed beside each step.
+`--shape narrow --batch 2 --length 8` shows what a pass takes before anything is computed.
 `sides`: so many moved models in one pass. `top`: the last layer's weights alone are trained; the time to compare is
 that of the frozen layers once and of the last one once or twice for each direction. Weights in bfloat16 are probed and
 not updated, which a run refuses. `--memory`: no times.
@@ -36,6 +37,8 @@ SHAPES: dict[str, dict[str, int]] = {
                  "vocab_size": 50272, "word_embed_proj_dim": 2048},
     "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12,
                  "vocab_size": 50272, "word_embed_proj_dim": 768},
+    "narrow": {"hidden_size": 64, "num_hidden_layers": 24, "ffn_dim": 128, "num_attention_heads": 4,
+               "vocab_size": 1000, "word_embed_proj_dim": 64},
     "roberta-large": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096,
                       "num_attention_heads": 16, "vocab_size": 50265, "max_position_embeddings": 514},
 }  # fmt: skip

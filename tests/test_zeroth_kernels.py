@@ -29,10 +29,10 @@ device = torch.device("cpu")
 assert kernels.agree(kernel, device)
 kernel.BLOCKS = 1  # other programs, the same numbers
 assert kernels.agree(kernel, device)
-right = kernel._signed
-kernel._signed = lambda number, bits: right(number ^ 1, bits)  # other words
+right = kernel.signed
+kernel.signed = lambda number, bits: right(number ^ 1, bits)  # other words
 assert not kernels.agree(kernel, device)
-kernel._signed = right
+kernel.signed = right
 constants = kernel._constants
 kernel._constants = lambda stream: {**constants(stream), "SIZES": 0}  # signs for every law
 assert not kernels.agree(kernel, device)
@@ -58,7 +58,6 @@ def test_the_processor_needs_no_kernel():
     assert not w.any()
     assert kernels.add_rows(stream, 1.0, w, torch.tensor([0])) is None
     assert kernels.entries(stream, 0, 5, torch.device("cpu")) is None
-    assert Small({"w": w}, made).moved(0, 0, 1.0) == {}
 
 
 def test_a_forecast_holds_the_small_tensors_that_are_moved_together(monkeypatch):

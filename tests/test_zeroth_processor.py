@@ -1,18 +1,17 @@
-"""Moved weights on the CPU: the sum that three operations would give, whoever of several threads makes which part."""
+"""Moved weights on the CPU: the sum that three operations would give, in whatever parts, and by whatever number of threads."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from sotto.zeroth_order import laws, processor
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import LAWS, Law
+from sotto.zeroth_order.small import LARGEST, Small
 
 KEY, SIZE, FACTOR = "0123456789abcdef0123456789abcdef", 9 * 1000 + 7, 0.3
 SHAPES = {"before": torch.Size((131,)), "w": torch.Size((SIZE,))}
@@ -72,7 +71,7 @@ def test_the_sign_of_a_zero_does_not_follow_what_was_asked_before(kind):
     """A rate of 0 at the end of a schedule, times numbers of either sign, on weights that are -0."""
     found = []
     for factors in ((0.0, -0.0), (-0.0, 0.0)):
-        laws._signs.cache_clear()
+        laws.sign_table.cache_clear()
         laws.stretched.cache_clear()
         for factor in factors:
             weights_e = torch.full((SIZE,), -0.0)
@@ -92,42 +91,6 @@ def test_nothing_is_done_where_another_way_is_right():
     assert torch.equal(x, torch.zeros(SIZE))
 
 
-@pytest.mark.parametrize("where", ["here", "another thread"])
-def test_a_failure_of_any_thread_is_a_failure(where, small_parts, monkeypatch):
-    import threading
-
-    here, genuine = threading.get_ident(), laws.signs
-
-    def signs(*args: Any) -> Any:
-        if (threading.get_ident() == here) == (where == "here"):
-            raise MemoryError
-        return genuine(*args)
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(laws, "signs", signs)
-    with pytest.raises(MemoryError):
-        moved(direction("rademacher"))
-
-
-def test_nothing_is_written_any_more_when_a_failure_is_told(small_parts, monkeypatch):
-    """One of three threads fails at once, while another has hardly begun."""
-    ended, genuine = [], processor._Sum._do
-
-    def do(self: Any, starts: Any) -> None:
-        if starts[0] == processor.PIECE:
-            raise MemoryError
-        if starts[0] == 2 * processor.PIECE:
-            time.sleep(0.2)
-        genuine(self, starts)
-        ended.append(starts[0] // processor.PIECE)
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(processor._Sum, "_do", do)
-    with pytest.raises(MemoryError):
-        moved(direction("rademacher"))
-    assert sorted(ended) == [0, 2]
-
-
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_sums_that_are_too_large_are_infinite_and_no_warning(kind, small_parts, threads):
     huge_e = torch.full((SIZE,), 3e38)
@@ -137,24 +100,41 @@ def test_sums_that_are_too_large_are_infinite_and_no_warning(kind, small_parts, 
     assert huge_e.isnan().any()
 
 
-def _in_a_child(queue: Any) -> None:
-    processor.PIECE = 256
-    torch.get_num_threads = lambda: 3
-    queue.put(moved(direction("gaussian")).numpy())
+def test_threads_that_move_weights_at_once_do_not_disturb_one_another(small_parts):
+    made, asked = direction("gaussian"), [("w", first) for first in (0, 500, 4000)] * 20
+    expected = [moved(made, first) for _, first in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: moved(made, part[1]), asked))
+    assert all(map(torch.equal, found, expected))
 
 
-def test_a_forked_process_has_threads_of_its_own(small_parts, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    expected_e = moved(direction("gaussian"))
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_a_child, args=(queue,))
-    child.start()
-    try:
-        assert np.array_equal(queue.get(timeout=60), expected_e.numpy())
-    finally:
-        child.terminate()
-        child.join()
+SMALL = {"a": 5, "b": 128, "c": 129, "d": laws.RUN, "e": laws.RUN + 1, "f": LARGEST, "g": 1, "h": 3 * laws.RUN - 1}
+
+
+@pytest.mark.parametrize("kind", LAWS)
+def test_many_small_tensors_move_at_once_as_each_would_alone(kind):
+    shapes = {name: torch.Size((n,)) for name, n in SMALL.items()}
+    made = Directions(KEY, shapes, 3, Law(kind))
+    weights = {name: torch.randn(n) for name, n in SMALL.items()}
+    small = Small(weights, made)
+    for step, k, factor in ((0, 0, FACTOR), (4, 2, -FACTOR)):
+        found = small.moved(step, k, factor)
+        assert len(found) == len(weights)
+        for name, w in weights.items():
+            alone_e = torch.empty_like(w)
+            made.add(name, step, k, factor, w, 0, alone_e)
+            assert torch.equal(found[id(w)], alone_e), name
+
+
+def test_what_is_large_masked_low_rank_or_in_half_precision_moves_alone():
+    shapes = {"large": torch.Size((LARGEST + 1,)), "masked": torch.Size((9,)), "half": torch.Size((9,)),
+              "w": torch.Size((3, 3))}  # fmt: skip
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    weights["half"] = weights["half"].bfloat16()
+    masks = {"masked": torch.ones(9, dtype=torch.bool)}
+    found = Small(weights, Directions(KEY, shapes, 2, Law("gaussian"), masks)).moved(0, 0, 1.0)
+    assert set(found) == {id(weights["w"])}
+    assert not Small(weights, Directions(KEY, shapes, 2, Law("gaussian", rank=1))).moved(0, 0, 1.0).keys() & set(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

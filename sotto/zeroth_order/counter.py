@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,16 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_generators = threading.local()
+_STATE: dict[str, Any] = {
+    "bit_generator": "randomgen.philox.Philox",
+    "buffer": np.zeros(BLOCK, dtype=np.uint32),
+    "buffer_pos": BLOCK,  # nothing is left of what was drawn before
+    "has_uint32": 0,
+    "uinteger": 0,
+    "number": BLOCK,
+    "width": 32,
+}
 
 
 def stream_key(run_key: str, *names: str) -> int:
@@ -49,35 +61,69 @@ def words(key: int, step: int, index: int, start: int, stop: int) -> Words:
       step, index: each in [0, 2^32).
       start, stop: word numbers, 0 <= start <= stop < 2^66.
     """
-    first = start // BLOCK
+    first, philox = start // BLOCK, _philox()
     # The generator counts up before it draws.
     counter = (first + (index << 64) + (step << 96) - 1) % (1 << 128)
-    philox = _randomgen.Philox(key=key, counter=counter, number=4, width=32)
-    length = stop - first * BLOCK
-    drawn = np.random.Generator(philox).integers(0, 1 << 32, size=length, dtype=np.uint32)
+    philox.state = {**_STATE, "state": {"counter": _parts(counter, 4), "key": _parts(key, 2)}}
+    drawn = philox.random_raw(stop - first * BLOCK).astype(np.uint32)
     return drawn[start - first * BLOCK :]
 
 
-def blocks(key: int, step: int, index: int, block_n: torch.Tensor) -> torch.Tensor:
-    """The words of any blocks, on any device: (..., n) int64 block numbers -> (..., n, 4) int64 words in [0, 2^32)."""
+def _philox() -> Any:
+    """The generator of this thread. To make a new one takes longer than a thousand words."""
+    if not hasattr(_generators, "philox"):
+        _generators.philox = _randomgen.Philox(key=0, counter=0, number=4, width=32)
+    return _generators.philox
+
+
+def _parts(number: int, count: int) -> Words:
+    """A number's words, the lowest first."""
+    return np.frombuffer(number.to_bytes(4 * count, "little"), dtype="<u4")
+
+
+def signed(number: int, bits: int) -> int:
+    """The number with the same bits, of which the highest is a sign."""
+    return number - (number >> (bits - 1) << bits)
+
+
+def blocks(key: int | torch.Tensor, step: int, index: int, block_n: torch.Tensor) -> torch.Tensor:
+    """The words of any blocks, on any device: (..., n) int64 block numbers -> (..., n, 4) int64 words in [0, 2^32).
+
+    Args:
+      key: of all blocks, or (..., n) int64, the bits of a key for each.
+    """
     # A GPU takes longer to be told of an operation than to do it, so the two halves of a round go through it together.
     wide = (2, *[1] * block_n.dim())
-    keys, factors = (x.unbind() for x in _constants(key, block_n.device))
     even_2n = torch.stack([block_n & _LOW, torch.full_like(block_n, index)])  # c0 and c2; after every round turned
     odd_2n = torch.stack([torch.full_like(block_n, step), block_n >> 32])  # c3 and c1
-    for key_2, factor_2 in zip(keys, factors, strict=True):
+    factors = [factor_2.view(wide) for factor_2 in _factors(block_n.device)]
+    keys = _keys(key, block_n.device) if isinstance(key, int) else _keys_of_each(key)
+    for key_2n, factor_2n in zip(keys, factors, strict=True):
         # Products of two 32-bit numbers wrap in int64; their 64 bits are right, and the mask takes the sign away.
-        product_2n = even_2n * factor_2.view(wide)
-        even_2n = (product_2n >> 32).bitwise_and_(_LOW).bitwise_xor_(odd_2n).bitwise_xor_(key_2.view(wide))
+        product_2n = even_2n * factor_2n
+        key_2n = key_2n.view(wide) if isinstance(key, int) else key_2n
+        even_2n = (product_2n >> 32).bitwise_and_(_LOW).bitwise_xor_(odd_2n).bitwise_xor_(key_2n)
         odd_2n = product_2n.bitwise_and_(_LOW).flip(0)
     (c0, c2), (c3, c1) = even_2n, odd_2n
     return torch.stack([c0, c1, c2, c3], -1)
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(key: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(10, 2) keys and multipliers of the rounds, turned in every second one. Kept: a tensor has one key."""
+def _keys(key: int, device: torch.device) -> torch.Tensor:
+    """(10, 2) keys of the rounds, turned in every second one. Kept: a tensor has one key."""
     rounds = [((key & _LOW) + i * _WEYL[0] & _LOW, (key >> 32) + i * _WEYL[1] & _LOW) for i in range(_ROUNDS)]
-    keys = [pair if i % 2 else pair[::-1] for i, pair in enumerate(rounds)]
-    factors = [_MULTIPLIER[::-1] if i % 2 else _MULTIPLIER for i in range(_ROUNDS)]
-    return torch.tensor(keys, device=device), torch.tensor(factors, device=device)
+    return torch.tensor([pair if i % 2 else pair[::-1] for i, pair in enumerate(rounds)], device=device)
+
+
+def _keys_of_each(key_n: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same, (2, n) for each round, from the bits of a key for each block."""
+    low_n, high_n = key_n & _LOW, (key_n >> 32) & _LOW
+    for i in range(_ROUNDS):
+        pair = (low_n + i * _WEYL[0]) & _LOW, (high_n + i * _WEYL[1]) & _LOW
+        yield torch.stack(pair if i % 2 else pair[::-1])
+
+
+@functools.cache
+def _factors(device: torch.device) -> torch.Tensor:
+    """(10, 2) multipliers of the rounds, turned in every second one."""
+    return torch.tensor([_MULTIPLIER[::-1] if i % 2 else _MULTIPLIER for i in range(_ROUNDS)], device=device)

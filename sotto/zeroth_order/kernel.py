@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sotto.zeroth_order import laws
+from sotto.zeroth_order.counter import signed
 from sotto.zeroth_order.walsh import Stream
 
 triton: Any = importlib.import_module("triton")
@@ -124,7 +125,7 @@ def tables(streams: list[Stream], sizes: list[int], device: torch.device) -> tup
     """(T, 5) and (P, 2) int64 on a device, for `add_many`: of these streams, and tensors of these sizes in a row."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = [
-        [_signed(s.key, 64), _signed(s.places or 0, 64), s.first_word, start, n]
+        [signed(s.key, 64), signed(s.places or 0, 64), s.first_word, start, n]
         for s, start, n in zip(streams, starts, sizes, strict=True)
     ]
     programs = [[i, part] for i, n in enumerate(sizes) for part in range(-(-n // (128 * BLOCKS)))]
@@ -143,7 +144,7 @@ def add_many(
     target_e, (rows, programs) = torch.empty_like(source_e), tables
     _add_many[(len(programs),)](
         target_e, source_e, rows, programs, laws.sizes_on(source_e.device), shift * stream.stretch,
-        stream.step, stream.index, stream.row, _signed(stream.low, 32), **_constants(stream),
+        stream.step, stream.index, stream.row, signed(stream.low, 32), **_constants(stream),
     )  # fmt: skip
     return target_e
 
@@ -155,8 +156,8 @@ def _launch(
     parts = -(-(length + 127) // (128 * BLOCKS))
     _add[(parts * count,)](
         target, source, rows, laws.sizes_on(source.device), shift * stream.stretch,
-        _signed(stream.key, 64), _signed(stream.places or 0, 64), stream.step, stream.index, stream.row,
-        _signed(stream.low, 32), stream.first_word, first, length, parts, GATHER=gather, **_constants(stream),
+        signed(stream.key, 64), signed(stream.places or 0, 64), stream.step, stream.index, stream.row,
+        signed(stream.low, 32), stream.first_word, first, length, parts, GATHER=gather, **_constants(stream),
     )  # fmt: skip
 
 
@@ -164,7 +165,3 @@ def _constants(stream: Stream) -> dict[str, Any]:
     sizes = laws.SIZES if stream.places is not None else 0
     return {"WALSH": stream.row >= 0, "SIZES": sizes, "RUN": laws.RUN, "BLOCKS": BLOCKS}
 
-
-def _signed(number: int, bits: int) -> int:
-    """The same bits as a signed number: an argument has one type then, and the kernel is compiled once."""
-    return number - (number >> (bits - 1) << bits)

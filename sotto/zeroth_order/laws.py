@@ -37,7 +37,7 @@ SIZES = 1 << 16
 """How many sizes there are."""
 
 SCALE = 2.0**-20
-_Floats = np.ndarray[Any, np.dtype[np.float32]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -52,7 +52,7 @@ def sizes() -> Integers:
 
 
 @functools.cache
-def _sizes_from_any_place() -> _Floats:
+def _sizes_from_any_place() -> Floats:
     """(SIZES + RUN,) the sizes, and the first of them once more."""
     table = sizes().astype(np.float32) * np.float32(SCALE)
     return np.concatenate([table, table[:RUN]])
@@ -81,9 +81,14 @@ def places(words_r: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def stretched(stretch: float, factor: float) -> _Floats:
+def stretched(stretch: float, factor: float) -> Floats:
     """(SIZES + RUN,) the sizes times one number and then another, rounded after each."""
-    return _sizes_from_any_place() * np.float32(stretch) * np.float32(factor)
+    return _times(_sizes_from_any_place(), stretch, factor)
+
+
+def _times(numbers: Floats, stretch: float, factor: float) -> Floats:
+    with np.errstate(over="ignore", invalid="ignore"):  # weights that grew too large are no news here, as in torch
+        return numbers * np.float32(stretch) * np.float32(factor)
 
 
 class Sizes:
@@ -97,7 +102,12 @@ class Sizes:
         """
         self._runs, self._place_r = runs, places(words_r).astype(np.int64)
 
-    def give(self, signs_e: _Floats, start: int, stretch: float = 1.0, factor: float = 1.0) -> None:
+    def places(self, start: int, stop: int) -> Integers:
+        """(r,) where in the table those runs begin that have some of these entries."""
+        found = runs(start, stop)
+        return self._place_r[found.start - self._runs.start : found.stop - self._runs.start]
+
+    def give(self, signs_e: Floats, start: int, stretch: float = 1.0, factor: float = 1.0) -> None:
         """Turns signs, of the entries from number `start` on, into entries times one number and another; in place."""
         table, stop = stretched(stretch, factor), start + len(signs_e)
         for run in runs(start, stop):
@@ -115,22 +125,27 @@ class Sizes:
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(stretch: float, factor: float) -> _Floats:
+def sign_table(stretch: float, factor: float) -> Floats:
     """(256, 8): for every byte, a sign for each of its bits, the lowest first; times one number and then another."""
     bytes_n1 = np.arange(256, dtype=np.uint8)[:, None]
     found = 1 - 2 * np.unpackbits(bytes_n1, axis=1, bitorder="little").astype(np.float32)
-    return found * np.float32(stretch) * np.float32(factor)
+    return _times(found, stretch, factor)
 
 
-def signs(words_w: counter.Words, room: _Floats | None = None, stretch: float = 1.0, factor: float = 1.0) -> _Floats:
+def as_bytes(words_w: counter.Words) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(4 w,) the bytes of words, the lowest of each first."""
+    return words_w.astype("<u4", copy=False).view(np.uint8)
+
+
+def signs(words_w: counter.Words, room: Floats | None = None, stretch: float = 1.0, factor: float = 1.0) -> Floats:
     """(w,) words -> (w * PER_WORD,) signs in float32, times one number and another.
 
     Args:
       room: where they are written.
     """
-    bytes_n = words_w.astype("<u4", copy=False).view(np.uint8)
+    bytes_n = as_bytes(words_w)
     target = None if room is None else room[: 8 * bytes_n.size].reshape(-1, 8)
-    return _signs(stretch, factor).take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
+    return sign_table(stretch, factor).take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
 
 
 def signs_on_device(words_xw: torch.Tensor) -> torch.Tensor:

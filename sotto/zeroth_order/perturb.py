@@ -97,6 +97,8 @@ class Side(NamedTuple):
 
 # Made once: a union of types in each question would take longer than the answer.
 _SEQUENCES, _NESTED = (tuple, list), (tuple, list, dict)
+_PLAIN = frozenset([torch.Tensor, nn.Parameter, int, float, bool, type(None)])
+"""Has no tensors in it."""
 
 
 def name_of(function: Function) -> str:
@@ -120,6 +122,8 @@ def found_in(values: Iterable[Any], ids: Container[int]) -> list[int]:
     for value in values:
         if id(value) in ids:
             found.append(id(value))
+        elif type(value) in _PLAIN:
+            continue
         elif isinstance(value, _NESTED):
             found += [id(t) for t in tensors_in(value) if id(t) in ids]
     return found
@@ -172,13 +176,13 @@ class Perturbed(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        require_no_randomness(func, args, kwargs)
+        kwargs, name = kwargs or {}, name_of(func)
+        if name in _DROPOUTS:
+            require_no_randomness(func, args, kwargs)
         read = reads_values(func, args, kwargs, self.names)
         if not read:
             return func(*args, **kwargs)
         self.used.update(self.names[found] for found in read)
-        name = name_of(func)
         written = self.names.get(id(args[0])) if args else None
         if written and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
             raise _writes(written)
@@ -214,12 +218,16 @@ class Perturbed(TorchFunctionMode):
             return type(value)(self._move_all(part, side) for part in value)
         return value
 
+    def made(self, value: Any, side: Side) -> torch.Tensor | None:
+        """The parameter at this side, if it was moved with the other small ones."""
+        return self._made[side].get(id(value)) if self._made else None
+
     def moved(self, value: Any, side: Side) -> Any:
         """The parameter at this side: a new tensor of its type. Anything that is not perturbed is returned as it is."""
         name = self.names.get(id(value))
         if name is None:
             return value
-        made = self._made[side].get(id(value)) if self._made else None
+        made = self.made(value, side)
         if made is not None:
             return made
         out = torch.empty_like(value, requires_grad=False, memory_format=torch.contiguous_format)
@@ -233,8 +241,9 @@ class Perturbed(TorchFunctionMode):
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         name, input = self.names.get(id(weight)), self.moved(input, side)
-        if name is None:
-            return F.linear(input, weight, self.moved(bias, side))
+        made = weight if name is None else self.made(weight, side)
+        if name is None or made is not None:
+            return F.linear(input, made, self.moved(bias, side))
         if not self.directions.is_low_rank(name):
             return self._linear_in_blocks(name, side, input, weight, self.moved(bias, side))
         out = F.linear(input, weight, self.moved(bias, side))
@@ -273,7 +282,7 @@ class Perturbed(TorchFunctionMode):
     def _addmm(self, side: Side, bias: Any, x_nc: torch.Tensor, weight_cm: Any) -> torch.Tensor:
         """Bias + x W, as GPT-2 calls it; of a large matrix some inputs at a time, where adding up loses nothing."""
         name, out_nm = self.name(weight_cm), self.moved(bias, side)
-        if name is None or self.directions.is_low_rank(name):
+        if name is None or self.directions.is_low_rank(name) or self.made(weight_cm, side) is not None:
             return torch.addmm(out_nm, x_nc, self.moved(weight_cm, side))
         c, m = weight_cm.shape
         whole = torch.is_autocast_enabled(x_nc.device.type) or x_nc.dtype not in (torch.float32, torch.float64)
@@ -310,8 +319,9 @@ class Perturbed(TorchFunctionMode):
         name = self.names.get(id(weight))
         if (args[1] if len(args) > 1 else kwargs.get("max_norm")) is not None:
             raise _writes(name or "an embedding with max_norm")
-        if name is None:
-            return func(input, weight, *args, **kwargs)
+        made = weight if name is None else self.made(weight, side)
+        if name is None or made is not None:
+            return func(input, made, *args, **kwargs)
         made_nc = kernels.add_rows(self.stream(name, side), side.shift, weight.detach(), input.flatten())
         if made_nc is not None:
             return made_nc.view(*input.shape, weight.shape[1])

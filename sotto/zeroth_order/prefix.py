@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -198,16 +198,25 @@ def capture(
 
 def _frozen(model: nn.Module, perturbed: set[int]) -> list[nn.Module]:
     """The largest modules with weights, none of them perturbed. The model itself is not among them."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        weights = [id(p) for p in child.parameters()]
-        if not weights:
-            continue
-        if perturbed.isdisjoint(weights) and type(child).forward is not nn.Module.forward:
-            found.append(child)
-        else:
-            found += _frozen(child, perturbed)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(part for child in model.children() for part in _parts(child, perturbed).frozen))
+
+
+class _Parts(NamedTuple):
+    """The largest frozen modules in a module, or it alone; whether it has weights; whether one of them is perturbed."""
+
+    frozen: list[nn.Module]
+    weights: bool
+    perturbed: bool
+
+
+def _parts(module: nn.Module, perturbed: set[int]) -> _Parts:
+    own = [id(p) for p in module.parameters(recurse=False)]
+    below = [_parts(child, perturbed) for child in module.children()]
+    weights = bool(own) or any(part.weights for part in below)
+    moved = not perturbed.isdisjoint(own) or any(part.perturbed for part in below)
+    if weights and not moved and type(module).forward is not nn.Module.forward:
+        return _Parts([module], weights, moved)
+    return _Parts([found for part in below for found in part.frozen], weights, moved)
 
 
 def _map(value: Any, change: Callable[[Any], Any], kind: Any = (torch.Tensor, _Forgotten)) -> Any:

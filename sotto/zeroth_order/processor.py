@@ -1,31 +1,53 @@
-"""Where weights are moved on the CPU: signs, sizes and sums of a small part at a time, by as many threads as torch has.
+"""Where weights are moved on the CPU: signs, sizes and sums of a small part at a time.
 
 What goes through memory once, and not through a cache, costs most of the time of a moved weight, so entries are made in
-one small place, over and over. numpy's operations run in the thread that calls them and let the others go on; torch's
-would each ask for all threads, which takes longer than so small a part.
+one small place, over and over. Where torch has several threads its own operations make them. Threads of ours would have
+to share the cores with torch's, which go on waiting for work for milliseconds: with two of each, moving a weight took
+longer than with one.
+
+Shape legend: e entries, n blocks of four words w, b bytes of signs, r runs of R entries, T tensors.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sotto.zeroth_order import laws, walsh
+from sotto.zeroth_order import counter, laws, walsh
 
-PIECE = 1 << 17
-"""Entries of a part: small enough for the cache of one core."""
+PIECE = 1 << 19
+"""Entries of a part, with several threads; with one, a quarter as many, which fit into the cache of a core."""
 WORDS = 1 << 22
 """Entries whose words are drawn at a time. To begin with them takes as long as thousands of them."""
-_Floats = np.ndarray[Any, np.dtype[np.float32]]
+_PER_BLOCK = counter.BLOCK * laws.PER_WORD
 _rooms = threading.local()
+
+
+class Tables(NamedTuple):
+    """Where the signs of many tensors come from, one tensor after another.
+
+    Attributes:
+      keys_n, block_n: of each block of 128 signs; a tensor's last block may have more than it needs.
+      places_T: keys of the words that say where sizes begin.
+      number_w: of each word, with the place of its tensor in the matrix (`walsh`).
+      lengths: the entries of a tensor and those of its last block that it does not need, for each tensor.
+    """
+
+    keys_n: torch.Tensor
+    block_n: torch.Tensor
+    places_T: torch.Tensor
+    number_w: np.ndarray[Any, np.dtype[np.int64]]
+    lengths: list[int]
+
+
+def reaches(stream: walsh.Stream | None, *tensors: torch.Tensor) -> bool:
+    """Whether weights like these are moved here."""
+    return stream is not None and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
 def add(stream: walsh.Stream | None, factor: float, source_e: torch.Tensor, first: int, target_e: torch.Tensor) -> bool:
@@ -34,71 +56,130 @@ def add(stream: walsh.Stream | None, factor: float, source_e: torch.Tensor, firs
     The target may be the source. Entries, their products with the factor, and the sums are each rounded to float32, as
     three operations would on any device; whatever the number of threads.
     """
-    if stream is None or not target_e.device.type == source_e.device.type == "cpu":
-        return False
-    if not target_e.dtype == source_e.dtype == torch.float32:
+    if stream is None or not reaches(stream, source_e, target_e):
         return False
     if isinstance(target_e, FakeTensor):  # in a forecast, what takes no memory is not run
         return True
-    source, target = source_e.numpy(), target_e.numpy()
-    for start in range(0, len(target), WORDS):
+    source_e, target_e = source_e.detach(), target_e.detach()
+    for start in range(0, len(target_e), WORDS):
         part = slice(start, start + WORDS)
-        _Sum(stream, factor, source[part], first + start, target[part]).run()
+        _add(stream, factor, source_e[part], first + start, target_e[part])
     return True
 
 
-class _Sum:
-    """One range of entries, in parts of which each can be done by another thread."""
-
-    def __init__(self, stream: walsh.Stream, factor: float, source_e: _Floats, first: int, target_e: _Floats):
-        self._stream, self._factor, self._source_e, self._target_e = stream, factor, source_e, target_e
-        self._first, self._last = first, first + len(target_e)
-        self._begin = first - first % laws.PER_WORD
-        self._words_w = stream.words(self._begin // laws.PER_WORD, -(-self._last // laws.PER_WORD))
-        self._sizes = stream.sizes(first, self._last)
-
-    def run(self) -> None:
-        starts = range(self._begin, self._last, PIECE)
-        threads = min(torch.get_num_threads(), len(starts))
-        if threads < 2:
-            self._do(starts)
-            return
-        others: list[Future[None]] = []
-        try:
-            for i in range(1, threads):
-                others.append(_pool(os.getpid()).submit(self._do, starts[i::threads]))
-            self._do(starts[::threads])
-        finally:  # nothing is written any more when this returns, whichever of them failed
-            wait(others)
-        for other in others:
-            other.result()
-
-    def _do(self, starts: Sequence[int]) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # weights that grew too large are no news here, as in torch
-            for start in starts:
-                self._part(start)
-
-    def _part(self, start: int) -> None:
-        room, stretch = _room(), self._stream.stretch
-        words_w = self._words_w[(start - self._begin) // laws.PER_WORD :][: PIECE // laws.PER_WORD]
-        low, high = max(start, self._first), min(start + PIECE, self._last)
-        if self._sizes is None:
-            part_e = laws.signs(words_w, room, stretch, self._factor)[low - start : high - start]
-        else:
-            part_e = laws.signs(words_w, room)[low - start : high - start]
-            self._sizes.give(part_e, low, stretch, self._factor)
-        at = slice(low - self._first, high - self._first)
-        np.add(self._source_e[at], part_e, out=self._target_e[at])
+def _add(stream: walsh.Stream, factor: float, source_e: torch.Tensor, first: int, target_e: torch.Tensor) -> None:
+    begin, last = first - first % laws.PER_WORD, first + len(target_e)
+    words_w = stream.words(begin // laws.PER_WORD, -(-last // laws.PER_WORD))
+    sizes, alone = stream.sizes(first, last), torch.get_num_threads() == 1
+    piece, put = (PIECE // 4, _put_alone) if alone else (PIECE, _put)
+    for start in range(begin, last, piece):
+        low, high = max(start, first), min(start + piece, last)
+        some_w = words_w[(start - begin) // laws.PER_WORD :][: piece // laws.PER_WORD]
+        at = slice(low - first, high - first)
+        put(stream, factor, some_w, slice(low - start, high - start), sizes, low, source_e[at], target_e[at])
 
 
-def _room() -> _Floats:
-    """(PIECE,) of this thread."""
-    if getattr(_rooms, "size", 0) != PIECE:
-        _rooms.size, _rooms.room = PIECE, np.empty(PIECE, dtype=np.float32)
-    return _rooms.room
+def _put_alone(
+    stream: walsh.Stream, factor: float, words_w: counter.Words, part: slice, sizes: laws.Sizes | None, first: int,
+    source_e: torch.Tensor, target_e: torch.Tensor,
+) -> None:  # fmt: skip
+    """One part, by one thread, for which numpy needs half of torch's time."""
+    room = _room("signs", laws.PER_WORD * len(words_w)).numpy()
+    if sizes is None:
+        shifts_e = laws.signs(words_w, room, stream.stretch, factor)[part]
+    else:
+        shifts_e = laws.signs(words_w, room)[part]
+        sizes.give(shifts_e, first, stream.stretch, factor)
+    with np.errstate(over="ignore", invalid="ignore"):  # weights that grew too large are no news here, as in torch
+        np.add(source_e.numpy(), shifts_e, out=target_e.numpy())
 
 
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads beside the one that asks. A forked process has none of its parent's, so it gets its own."""
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="sotto-entries")
+def _put(
+    stream: walsh.Stream, factor: float, words_w: counter.Words, part: slice, sizes: laws.Sizes | None, first: int,
+    source_e: torch.Tensor, target_e: torch.Tensor,
+) -> None:  # fmt: skip
+    """One part, by torch's threads.
+
+    Args:
+      words_w: of signs, of which `part` is wanted.
+      sizes, first: of some runs; which entries the part begins with.
+    """
+    numbers = (stream.stretch, factor) if sizes is None else (1.0, 1.0)
+    signs_e = _room("signs", laws.PER_WORD * len(words_w))
+    bytes_b = torch.from_numpy(laws.as_bytes(words_w)).int()
+    torch.index_select(torch.from_numpy(laws.sign_table(*numbers)), 0, bytes_b, out=signs_e.view(-1, 8))
+    if sizes is None:
+        torch.add(source_e, signs_e[part], out=target_e)
+    else:
+        sizes_e = _sizes(laws.stretched(stream.stretch, factor), sizes, first, first + len(source_e))
+        # A sign changes no digit of a size, so it does not matter whether this product is rounded.
+        torch.addcmul(source_e, signs_e[part], sizes_e, out=target_e)
+
+
+def _sizes(table: laws.Floats, sizes: laws.Sizes, start: int, stop: int) -> torch.Tensor:
+    """(stop - start,) sizes of the entries from number `start` on, in a place that the next call takes again."""
+    places_r = torch.from_numpy(sizes.places(start, stop))
+    room_rR = _room("sizes", laws.RUN * len(places_r)).view(-1, laws.RUN)
+    anywhere = torch.from_numpy(table).as_strided((laws.SIZES, laws.RUN), (1, 1))  # row p is the run from place p on
+    torch.index_select(anywhere, 0, places_r, out=room_rR)
+    return room_rR.view(-1)[start % laws.RUN :][: stop - start]
+
+
+def _room(name: str, size: int) -> torch.Tensor:
+    """(size,) of this thread."""
+    room = getattr(_rooms, name, None)
+    if room is None or room.numel() < size:
+        room = torch.empty(size, dtype=torch.float32)
+        setattr(_rooms, name, room)
+    return room[:size]
+
+
+# ---- many small tensors at once
+
+
+def tables(streams: list[walsh.Stream], sizes: list[int], device: torch.device) -> Tables:
+    """For `add_many`: of these streams, and tensors of these sizes in a row, each with 2^16 entries at most."""
+    assert all(n <= counter.BLOCK * laws.RUN for n in sizes)  # one block of words says where all its runs begin
+    blocks_T = [-(-n // _PER_BLOCK) for n in sizes]
+    keys_T = torch.tensor([counter.signed(s.key, 64) for s in streams])
+    block_n = torch.cat([torch.arange(n) for n in blocks_T])
+    word_nw = block_n[:, None] * counter.BLOCK + torch.arange(counter.BLOCK)
+    first_n = torch.tensor([s.first_word for s in streams]).repeat_interleave(torch.tensor(blocks_T))
+    return Tables(
+        keys_T.repeat_interleave(torch.tensor(blocks_T)),
+        block_n,
+        torch.tensor([counter.signed(s.places or 0, 64) for s in streams]),
+        (word_nw + first_n[:, None]).flatten().numpy(),
+        [length for n, b in zip(sizes, blocks_T, strict=True) for length in (n, b * _PER_BLOCK - n)],
+    )
+
+
+def add_many(stream: walsh.Stream, shift: float, source_e: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """(e,) tensors that lie in a row + shift * u, in the place of the source; the bits are those of `add`.
+
+    Args:
+      stream: of one of them; of the others, all but the keys and the first word are the same.
+      tables: from `tables`.
+    """
+    step, index = stream.step, stream.index
+    words_w = counter.blocks(tables.keys_n, step, index, tables.block_n).flatten().numpy().astype(np.uint32)
+    words_w = stream.signed(words_w, tables.number_w)
+    numbers = (stream.stretch, shift) if stream.places is None else (1.0, 1.0)
+    whole_e = _room("signs", laws.PER_WORD * len(words_w))
+    laws.signs(words_w, whole_e.numpy(), *numbers)
+    signs_e = _joined("many signs", whole_e.split(tables.lengths)[::2], source_e)
+    if stream.places is None:
+        return torch.add(source_e, signs_e, out=source_e)
+    table = torch.from_numpy(laws.stretched(stream.stretch, shift))
+    drawn_T4 = counter.blocks(tables.places_T, step, index, torch.zeros_like(tables.places_T))
+    sizes = [
+        table[place : place + min(laws.RUN, n - laws.RUN * run)]
+        for n, places in zip(tables.lengths[::2], laws.places(drawn_T4).tolist(), strict=True)
+        for run, place in enumerate(places[: -(-n // laws.RUN)])
+    ]
+    return torch.addcmul(source_e, signs_e, _joined("sizes", sizes, source_e), out=source_e)
+
+
+def _joined(name: str, parts: Sequence[torch.Tensor], like_e: torch.Tensor) -> torch.Tensor:
+    """Fills a room, as memory that is new comes page by page, which takes longer than to fill it."""
+    return torch.cat(list(parts), out=_room(name, like_e.numel()))

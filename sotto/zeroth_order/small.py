@@ -1,4 +1,4 @@
-"""The small tensors of a model, moved all at once: a GPU takes longer to be told of one than to move it.
+"""The small tensors of a model, moved all at once: to begin with one takes longer than to move it, on any device.
 
 Shape legend: e flat elements, of all tensors of a group one after another.
 """
@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sotto.zeroth_order import processor
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.kernels import kernel_for
+from sotto.zeroth_order.walsh import Stream
 
 LARGEST = 1 << 16
 """Elements up to which a tensor is moved with others."""
 
 
 class Small:
-    """Those of a model's tensors that are moved together; none where there is no kernel for it (`kernels`)."""
+    """Those of a model's tensors that are moved together; none where neither `processor` nor a kernel can do it."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], directions: Directions):
         """Chooses them. Their elements may change later, and nothing else about them."""
@@ -27,7 +29,7 @@ class Small:
         kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, p in parameters.items():
             stream = directions.stream(name, 0, 0) if p.numel() <= LARGEST else None
-            if kernel_for(stream, p) is not None:
+            if _mover(stream, p) is not None:
                 kinds.setdefault((p.device, p.dtype), []).append(name)
         self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in kinds.values()]
 
@@ -48,11 +50,16 @@ class _Group:
     def __init__(self, names: list[str], tensors: list[torch.Tensor], directions: Directions):
         streams = [directions.stream(name, 0, 0) for name in names]
         self.first, self.tensors, self.sizes = names[0], tensors, [p.numel() for p in tensors]
-        self.kernel = kernel_for(streams[0], tensors[0])
+        self._mover = _mover(streams[0], tensors[0])
         fake = isinstance(tensors[0].data, FakeTensor)
-        self.tables = None if fake else self.kernel.tables(streams, self.sizes, tensors[0].device)
+        self._tables = None if fake else self._mover.tables(streams, self.sizes, tensors[0].device)
 
     def moved(self, stream: Any, shift: float, flat_e: torch.Tensor) -> torch.Tensor:
-        if self.tables is None:  # in a forecast, where what takes memory is made, and nothing is run
+        if self._tables is None:  # in a forecast, where what takes memory is made, and nothing is run
             return torch.empty_like(flat_e)
-        return self.kernel.add_many(stream, shift, flat_e, self.tables)
+        return self._mover.add_many(stream, shift, flat_e, self._tables)
+
+
+def _mover(stream: Stream | None, tensor: torch.Tensor) -> Any:
+    """The module that moves tensors like this one; None if there is none."""
+    return processor if processor.reaches(stream, tensor) else kernel_for(stream, tensor)

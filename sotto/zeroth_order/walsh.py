@@ -50,9 +50,14 @@ class Stream(NamedTuple):
     def words(self, first: int, last: int) -> counter.Words:
         """(w,) words `first` to `last`, with the signs of the row, on the CPU."""
         words_w = counter.words(self.key, self.step, self.index, first, last)
-        if self.row >= 0:
-            words_w ^= self._row_signs(first, last)
-        return words_w
+        return self.signed(words_w, np.arange(first, last, dtype=np.int64) + self.first_word)
+
+    def signed(self, words_w: counter.Words, number_w: laws.Integers) -> counter.Words:
+        """(w,) words with the signs of the row, which depend on their numbers in the matrix."""
+        if self.row < 0:
+            return words_w
+        parity_w = np.bitwise_count(number_w & self.row) & 1
+        return words_w ^ np.uint32(self.low) ^ (parity_w.astype(np.uint32) * np.uint32(_ALL))
 
     def sizes(self, start: int, stop: int) -> laws.Sizes | None:
         """Those of the entries from number `start` to `stop`; None where they are signs."""
@@ -60,12 +65,6 @@ class Stream(NamedTuple):
             return None
         runs = laws.runs(start, stop)
         return laws.Sizes(runs, counter.words(self.places, self.step, self.index, runs.start, runs.stop))
-
-    def _row_signs(self, first: int, last: int) -> counter.Words:
-        """(w,) the row's signs, as words."""
-        word_w = np.arange(first, last, dtype=np.int64) + self.first_word
-        parity_w = np.bitwise_count(word_w & self.row) & 1
-        return (np.uint32(self.low) ^ (parity_w.astype(np.uint32) * np.uint32(_ALL))).astype(np.uint32)
 
 
 class Rows:
