@@ -1,4 +1,4 @@
-"""Moved weights on the CPU: the sum that three operations would give, in whatever parts, and by whatever number of threads."""
+"""Moved weights on the CPU: the sum that three operations would give, in whatever parts, by one thread or several."""
 
 from __future__ import annotations
 
@@ -112,11 +112,12 @@ SMALL = {"a": 5, "b": 128, "c": 129, "d": laws.RUN, "e": laws.RUN + 1, "f": LARG
 
 
 @pytest.mark.parametrize("kind", LAWS)
-def test_many_small_tensors_move_at_once_as_each_would_alone(kind):
+def test_many_small_tensors_move_at_once_as_each_would_alone(kind, monkeypatch):
+    monkeypatch.setattr("sotto.zeroth_order.small.GROUP", 3 * laws.RUN)
     shapes = {name: torch.Size((n,)) for name, n in SMALL.items()}
     made = Directions(KEY, shapes, 3, Law(kind))
     weights = {name: torch.randn(n) for name, n in SMALL.items()}
-    small = Small(weights, made)
+    small = Small(weights, made)  # in three groups: one holds more than it should, as its one tensor does
     for step, k, factor in ((0, 0, FACTOR), (4, 2, -FACTOR)):
         found = small.moved(step, k, factor)
         assert len(found) == len(weights)

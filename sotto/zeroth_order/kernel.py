@@ -164,4 +164,3 @@ def _launch(
 def _constants(stream: Stream) -> dict[str, Any]:
     sizes = laws.SIZES if stream.places is not None else 0
     return {"WALSH": stream.row >= 0, "SIZES": sizes, "RUN": laws.RUN, "BLOCKS": BLOCKS}
-

@@ -145,7 +145,9 @@ def signs(words_w: counter.Words, room: Floats | None = None, stretch: float = 1
     """
     bytes_n = as_bytes(words_w)
     target = None if room is None else room[: 8 * bytes_n.size].reshape(-1, 8)
-    return sign_table(stretch, factor).take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)  # no byte is out of range
+    return (
+        sign_table(stretch, factor).take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)
+    )  # no byte is out of range
 
 
 def signs_on_device(words_xw: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from sotto.zeroth_order.walsh import Stream
 
 LARGEST = 1 << 16
 """Elements up to which a tensor is moved with others."""
+GROUP = 1 << 18
+"""Elements that are moved together on a CPU, where more would take room and no less time."""
 
 
 class Small:
@@ -31,7 +33,8 @@ class Small:
             stream = directions.stream(name, 0, 0) if p.numel() <= LARGEST else None
             if _mover(stream, p) is not None:
                 kinds.setdefault((p.device, p.dtype), []).append(name)
-        self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in kinds.values()]
+        groups = [group for names in kinds.values() for group in _groups(names, parameters)]
+        self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in groups]
 
     def moved(self, step: int, k: int, shift: float) -> dict[int, torch.Tensor]:
         """id of a parameter -> a new tensor, the parameter + shift * u; of those alone that are here."""
@@ -42,6 +45,19 @@ class Small:
             parts = group.moved(stream, shift, flat_e).split(group.sizes)
             found |= {id(p): part.view(p.shape) for p, part in zip(group.tensors, parts, strict=True)}
         return found
+
+
+def _groups(names: list[str], parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of tensors of one kind, in their order: on a CPU in several groups."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        p = parameters[name]
+        if p.device.type == "cpu" and size + p.numel() > GROUP:
+            groups, size = [*groups, []], 0
+        groups[-1].append(name)
+        size += p.numel()
+    return [group for group in groups if group]
 
 
 class _Group:
