@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sotto.zeroth_order import laws, processor
 from sotto.zeroth_order.directions import Directions
@@ -106,6 +108,37 @@ def test_threads_that_move_weights_at_once_do_not_disturb_one_another(small_part
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda part: moved(made, part[1]), asked))
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("state", [torch.inference_mode(), torch.device("meta"), FakeTensorMode()], ids=repr)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_torch_was_doing_does_not_stay(state, count, monkeypatch):
+    """Rooms and constants that were made in one of its modes would be of that mode for good."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    processor._rooms.__dict__.clear()
+    weights, shapes = {"w": source()}, {"w": torch.Size((SIZE,)), "t": torch.Size((9, 5))}
+
+    def all_of_it(made: Directions) -> list[torch.Tensor]:
+        whole_e = torch.empty(SIZE)
+        made.add("w", 5, 1, FACTOR, weights["w"], 0, whole_e)
+        (together_e,) = Small(weights, made).moved(5, 1, FACTOR).values()
+        return [whole_e, together_e, made.rows("t", 5, 1, torch.tensor([8, 0]))]
+
+    with contextlib.suppress(Exception), state:
+        all_of_it(Directions("f" * 32, shapes, 3, Law("gaussian")))
+    found = all_of_it(Directions(KEY, shapes, 3, Law("gaussian")))
+    entries_e = Directions(KEY, shapes, 3, Law("gaussian")).slice("w", 5, 1, 0, SIZE)
+    assert torch.equal(found[0], source() + entries_e * FACTOR)
+    assert torch.equal(found[1], found[0])
+    assert type(found[2]) is torch.Tensor
+    assert found[2].abs().sum() > 0
+
+
+def test_an_empty_tensor_beside_large_ones():
+    shapes = {"w": torch.Size((LARGEST + 1,)), "e": torch.Size((0,))}
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for kind in LAWS:
+        assert Small(weights, Directions(KEY, shapes, 2, Law(kind))).moved(0, 0, 1.0) == {}
 
 
 SMALL = {"a": 5, "b": 128, "c": 129, "d": laws.RUN, "e": laws.RUN + 1, "f": LARGEST, "g": 1, "h": 3 * laws.RUN - 1}

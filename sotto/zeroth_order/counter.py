@@ -18,7 +18,7 @@ import functools
 import hashlib
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_MOST_HELD = 4096
 _generators = threading.local()
 _STATE: dict[str, Any] = {
     "bit_generator": "randomgen.philox.Philox",
@@ -108,7 +109,25 @@ def blocks(key: int | torch.Tensor, step: int, index: int, block_n: torch.Tensor
     return torch.stack([c0, c1, c2, c3], -1)
 
 
-@functools.lru_cache(maxsize=4096)
+def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Makes a constant once; but not what a forecast makes, which has no numbers."""
+    held: dict[Any, torch.Tensor] = {}
+
+    @functools.wraps(make)
+    def get(*args: Any) -> torch.Tensor:
+        if args in held:
+            return held[args]
+        made = make(*args)
+        if type(made) is torch.Tensor:
+            if len(held) >= _MOST_HELD:
+                held.clear()
+            held[args] = made
+        return made
+
+    return get
+
+
+@_kept
 def _keys(key: int, device: torch.device) -> torch.Tensor:
     """(10, 2) keys of the rounds, turned in every second one. Kept: a tensor has one key."""
     rounds = [((key & _LOW) + i * _WEYL[0] & _LOW, (key >> 32) + i * _WEYL[1] & _LOW) for i in range(_ROUNDS)]
@@ -123,7 +142,7 @@ def _keys_of_each(key_n: torch.Tensor) -> Iterator[torch.Tensor]:
         yield torch.stack(pair if i % 2 else pair[::-1])
 
 
-@functools.cache
+@_kept
 def _factors(device: torch.device) -> torch.Tensor:
     """(10, 2) multipliers of the rounds, turned in every second one."""
     return torch.tensor([_MULTIPLIER[::-1] if i % 2 else _MULTIPLIER for i in range(_ROUNDS)], device=device)

@@ -3,8 +3,8 @@
 Inside `Perturbed`, every torch function that is given one of the parameters gets parameter + shift * direction in its
 place, wherever in the model that happens: in the module that owns it, in another one (tied weights), or in a functional
 call. The moved tensor lives for that one call, so at most one of them exists at a time (all weights of the call where a
-function takes several, as attention does), and of a large linear layer's only a block. Small tensors on
-a GPU are moved all at once and live for the pass (`small`). An embedding makes only the rows that the batch looks up; a
+function takes several, as attention does), and of a large linear layer's only a block. Small tensors
+are moved all at once and live for the pass (`small`). An embedding makes only the rows that the batch looks up; a
 matrix whose direction has low rank is never made: (W + s U V^T) x = W x + s U (V^T x).
 
 The parameters are read and never written: they are the same objects with the same bits before, during and after. This

@@ -126,12 +126,13 @@ def _sizes(table: laws.Floats, sizes: laws.Sizes, start: int, stop: int) -> torc
 
 
 def _room(name: str, size: int) -> torch.Tensor:
-    """(size,) of this thread."""
+    """(size,) of this thread. Held by numpy, as a tensor would stay what torch was doing when it was made: of another
+    device, for inference alone, or without numbers."""
     room = getattr(_rooms, name, None)
-    if room is None or room.numel() < size:
-        room = torch.empty(size, dtype=torch.float32)
+    if room is None or len(room) < size:
+        room = np.empty(size, dtype=np.float32)
         setattr(_rooms, name, room)
-    return room[:size]
+    return torch.from_numpy(room[:size])
 
 
 # ---- many small tensors at once
@@ -141,14 +142,17 @@ def tables(streams: list[walsh.Stream], sizes: list[int], device: torch.device) 
     """For `add_many`: of these streams, and tensors of these sizes in a row, each with 2^16 entries at most."""
     assert all(n <= counter.BLOCK * laws.RUN for n in sizes)  # one block of words says where all its runs begin
     blocks_T = [-(-n // _PER_BLOCK) for n in sizes]
-    keys_T = torch.tensor([counter.signed(s.key, 64) for s in streams])
-    block_n = torch.cat([torch.arange(n) for n in blocks_T])
-    word_nw = block_n[:, None] * counter.BLOCK + torch.arange(counter.BLOCK)
-    first_n = torch.tensor([s.first_word for s in streams]).repeat_interleave(torch.tensor(blocks_T))
+    with device:
+        count_T, first_T = torch.tensor(blocks_T), torch.tensor([s.first_word for s in streams])
+        keys_T = torch.tensor([counter.signed(s.key, 64) for s in streams])
+        places_T = torch.tensor([counter.signed(s.places or 0, 64) for s in streams])
+        block_n = torch.cat([torch.arange(n) for n in blocks_T])
+        word_nw = block_n[:, None] * counter.BLOCK + torch.arange(counter.BLOCK)
+    first_n = first_T.repeat_interleave(count_T)
     return Tables(
-        keys_T.repeat_interleave(torch.tensor(blocks_T)),
+        keys_T.repeat_interleave(count_T),
         block_n,
-        torch.tensor([counter.signed(s.places or 0, 64) for s in streams]),
+        places_T,
         (word_nw + first_n[:, None]).flatten().numpy(),
         [length for n, b in zip(sizes, blocks_T, strict=True) for length in (n, b * _PER_BLOCK - n)],
     )
@@ -162,6 +166,7 @@ def add_many(stream: walsh.Stream, shift: float, source_e: torch.Tensor, tables:
       tables: from `tables`.
     """
     step, index = stream.step, stream.index
+    shift += 0.0  # as in `Directions.add`
     words_w = counter.blocks(tables.keys_n, step, index, tables.block_n).flatten().numpy().astype(np.uint32)
     words_w = stream.signed(words_w, tables.number_w)
     numbers = (stream.stretch, shift) if stream.places is None else (1.0, 1.0)

@@ -30,7 +30,7 @@ class Small:
         self._directions = directions
         kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, p in parameters.items():
-            stream = directions.stream(name, 0, 0) if p.numel() <= LARGEST else None
+            stream = directions.stream(name, 0, 0) if 0 < p.numel() <= LARGEST else None
             if _mover(stream, p) is not None:
                 kinds.setdefault((p.device, p.dtype), []).append(name)
         groups = [group for names in kinds.values() for group in _groups(names, parameters)]

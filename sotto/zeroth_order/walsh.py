@@ -50,7 +50,7 @@ class Stream(NamedTuple):
     def words(self, first: int, last: int) -> counter.Words:
         """(w,) words `first` to `last`, with the signs of the row, on the CPU."""
         words_w = counter.words(self.key, self.step, self.index, first, last)
-        return self.signed(words_w, np.arange(first, last, dtype=np.int64) + self.first_word)
+        return words_w if self.row < 0 else self.signed(words_w, np.arange(first, last) + self.first_word)
 
     def signed(self, words_w: counter.Words, number_w: laws.Integers) -> counter.Words:
         """(w,) words with the signs of the row, which depend on their numbers in the matrix."""
