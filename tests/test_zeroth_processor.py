@@ -110,7 +110,11 @@ def test_threads_that_move_weights_at_once_do_not_disturb_one_another(small_part
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("state", [torch.inference_mode(), torch.device("meta"), FakeTensorMode()], ids=repr)
+@pytest.mark.parametrize(
+    "state",
+    [torch.inference_mode(), torch.device("meta"), FakeTensorMode()],
+    ids=["inference", "meta", "fake"],
+)
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_torch_was_doing_does_not_stay(state, count, monkeypatch):
     """Rooms and constants that were made in one of its modes would be of that mode for good."""
