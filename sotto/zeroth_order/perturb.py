@@ -241,7 +241,7 @@ class Perturbed(TorchFunctionMode):
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         name, input = self.names.get(id(weight)), self.moved(input, side)
-        made = weight if name is None else self.made(weight, side)
+        made: Any = weight if name is None else self.made(weight, side)
         if name is None or made is not None:
             return F.linear(input, made, self.moved(bias, side))
         if not self.directions.is_low_rank(name):
@@ -319,7 +319,7 @@ class Perturbed(TorchFunctionMode):
         name = self.names.get(id(weight))
         if (args[1] if len(args) > 1 else kwargs.get("max_norm")) is not None:
             raise _writes(name or "an embedding with max_norm")
-        made = weight if name is None else self.made(weight, side)
+        made: Any = weight if name is None else self.made(weight, side)
         if name is None or made is not None:
             return func(input, made, *args, **kwargs)
         made_nc = kernels.add_rows(self.stream(name, side), side.shift, weight.detach(), input.flatten())
