@@ -217,6 +217,8 @@ def test_the_mask_is_the_same_for_any_data_and_keeps_its_part(tmp_path: Path):
     assert a.keys() == b.keys()
     for name, mask in a.items():
         assert torch.equal(mask, b[name])
+    (new,) = [name for name in a if name.endswith("classifier.weight")]
+    assert a.pop(new).all()
     kept, size = sum(int(m.sum()) for m in a.values()), sum(m.numel() for m in a.values())
     assert kept == max(1, round(0.01 * size))
 
@@ -235,6 +237,26 @@ def test_the_lowest_scores_are_kept():
     net = Chain()  # scores |a * 2a| = 2, 8, and 0, through which nothing flows
     assert masks(net, dict(net.named_parameters()), 0.34)["a"].tolist() == [True, False, False]
     assert masks(net, dict(net.named_parameters()), 0.67)["a"].tolist() == [True, True, False]
+
+
+def test_a_last_layer_of_zeros_is_kept_and_hides_no_layer_below():
+    class Classifier(torch.nn.Module):
+        def __init__(self, last: torch.Tensor) -> None:
+            super().__init__()
+            self.below, self.last = torch.nn.Parameter(torch.tensor([3.0, -1.0, 2.0, 0.5])), torch.nn.Parameter(last)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=self.last @ self.below)
+
+    found = masks(new := Classifier(torch.zeros(2, 4)), dict(new.named_parameters()), 0.5)
+    assert found["below"].tolist() == [False, True, False, True], "the lowest scores"
+    assert found["last"].all()
+    old = Classifier(torch.ones(2, 4))
+    assert not masks(old, dict(old.named_parameters()), 0.5)["last"].all()
+    only = {"last": new.last}
+    assert masks(new, only, 0.5)["last"].all()
 
 
 # ---- the default

@@ -364,7 +364,7 @@ def test_centred_numbers_take_one_pass_for_each_direction():
         forward = p.forward
         p.forward = lambda inputs, forward=forward, calls=calls: calls.append(1) or forward(inputs)  # type: ignore[func-returns-value]
         p.sketch(batch("bert_classifier"), 0)
-        assert len(calls) - 1 == passes == p.directions.passes, "and one that stops at the first moved weight"
+        assert len(calls) == passes == p.directions.passes
 
 
 def test_a_centred_sketch_is_as_long_as_the_gradient_on_average():
@@ -525,7 +525,8 @@ def test_losses_that_depend_on_other_rows():
 
 
 def test_dropout_in_training_mode():
-    drops = [nn.Dropout(0.1), lambda h: F.dropout(h, 0.1), lambda h: h * torch.rand_like(h), lambda h: h.bernoulli()]
+    drops = [nn.Dropout(0.1), lambda h: F.dropout(h, 0.1), lambda h: h * torch.rand_like(h),
+             lambda h: h.sigmoid().bernoulli()]  # fmt: skip
     assert code(lambda: small(model=nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)))) == "SOT651"
     assert code(lambda: small(model=nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))) == "SOT651"
     assert code(lambda: small(model=nn.TransformerEncoderLayer(4, 2))) == "SOT651"

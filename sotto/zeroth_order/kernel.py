@@ -93,7 +93,7 @@ def _add(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["step", "index", "row", "low"])
 def _add_many(  # type: ignore[no-untyped-def]
-    target, source, tensors, programs, table, shift, step, index, row, low,
+    flat, tensors, programs, table, shift, step, index, row, low,
     WALSH: tl.constexpr, SIZES: tl.constexpr, RUN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A program moves a part of one of many tensors, which lie one after another."""
@@ -105,8 +105,8 @@ def _add_many(  # type: ignore[no-untyped-def]
     )
     element = number_w[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = element < length
-    value = tl.load(source + start + element, mask=inside).to(tl.float32)
-    tl.store(target + start + element, (value + shifts).to(target.dtype.element_ty), mask=inside)
+    value = tl.load(flat + start + element, mask=inside).to(tl.float32)
+    tl.store(flat + start + element, (value + shifts).to(flat.dtype.element_ty), mask=inside)
 
 
 def add(stream: Stream, shift: float, source_e: torch.Tensor, first: int, target_e: torch.Tensor) -> None:
@@ -132,21 +132,18 @@ def tables(streams: list[Stream], sizes: list[int], device: torch.device) -> tup
     return torch.tensor(rows, device=device), torch.tensor(programs, device=device)
 
 
-def add_many(
-    stream: Stream, shift: float, source_e: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """(e,) tensors that lie in a row + shift * u.
+def add_many(stream: Stream, shift: float, flat_e: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Adds shift * u to tensors that lie in a row.
 
     Args:
       stream: of one of them; of the others, all but the keys and the first word are the same.
       tables: from `tables`.
     """
-    target_e, (rows, programs) = torch.empty_like(source_e), tables
+    rows, programs = tables
     _add_many[(len(programs),)](
-        target_e, source_e, rows, programs, laws.sizes_on(source_e.device), shift * stream.stretch,
+        flat_e, rows, programs, laws.sizes_on(flat_e.device), shift * stream.stretch,
         stream.step, stream.index, stream.row, signed(stream.low, 32), **_constants(stream),
     )  # fmt: skip
-    return target_e
 
 
 def _launch(

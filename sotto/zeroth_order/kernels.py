@@ -124,7 +124,8 @@ def _agree_on(
     found_nc = kernel.add_rows(streams["w"], 0.125, table_e.view(9, 5000).to(device), rows_n.to(device))
     sizes = [len(x) for x in expected.values()]
     tables = kernel.tables(list(streams.values()), sizes, device)
-    both_e = kernel.add_many(streams["v"], 1.0, torch.zeros(sum(sizes), device=device), tables)
+    both_e = torch.zeros(sum(sizes), device=device)
+    kernel.add_many(streams["v"], 1.0, both_e, tables)
     return (
         torch.equal(both_e.cpu(), torch.cat(list(expected.values())))
         and torch.allclose(part_e.cpu(), moved_e[133:40_133], rtol=0, atol=tolerance)

@@ -10,25 +10,24 @@ matrix whose direction has low rank is never made: (W + s U V^T) x = W x + s U (
 The parameters are read and never written: they are the same objects with the same bits before, during and after. This
 is not so for the usual way (add, subtract twice, add again), which leaves rounding errors in bfloat16 weights.
 
-Limits. A call that torch's function override does not see (a scripted or compiled module) would read the unmoved
-weight: `probes.Prober.check` compares such a pass with one under really moved weights before a run begins.
+Limits. A call that torch's function override does not see (a scripted module) would read the unmoved weight:
+`probes.Prober.check` compares such a pass with one under really moved weights before a run begins.
 
 Shape legend: n rows of a table, c its columns, m rows of a matrix, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from sotto.errors import SottoError
 from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.reading import Function, Reading, found_in, name_of, only_about
 from sotto.zeroth_order.small import Small
 from sotto.zeroth_order.walsh import Stream
 
@@ -40,52 +39,6 @@ ALIGNED = 64
 """Outputs are computed so many at a time, or a multiple: products that begin elsewhere took a fifth longer."""
 
 Batch = Mapping[str, torch.Tensor]
-Function = Callable[..., Any]
-
-# What asks a tensor about itself and not about its values. Anything else is taken to read the values.
-_ABOUT = frozenset(
-    [
-        "dim",
-        "size",
-        "numel",
-        "stride",
-        "nelement",
-        "ndimension",
-        "element_size",
-        "storage_offset",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "data_ptr",
-        "get_device",
-        "is_pinned",
-        "is_same_size",
-        "type",
-        "__len__",
-        "__hash__",
-        "__repr__",
-        "requires_grad_",
-    ]
-)
-# Functions that draw random numbers: (position of the probability, position of `training`), None where there is none.
-_DROPOUTS: dict[str, tuple[int | None, int | None]] = {
-    **dict.fromkeys(
-        ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"],
-        (1, 2),
-    ),
-    "dropout_": (1, 2),
-    "alpha_dropout_": (1, 2),
-    "native_dropout": (1, 2),
-    "scaled_dot_product_attention": (4, None),
-    "bernoulli": (None, None),
-    "bernoulli_": (None, None),
-    "rand_like": (None, None),
-    "randn_like": (None, None),
-    "multinomial": (None, None),
-    "normal_": (None, None),
-    "uniform_": (None, None),
-}
 
 
 class Side(NamedTuple):
@@ -95,60 +48,8 @@ class Side(NamedTuple):
     shift: float
 
 
-# Made once: a union of types in each question would take longer than the answer.
-_SEQUENCES, _NESTED = (tuple, list), (tuple, list, dict)
-_PLAIN = frozenset([torch.Tensor, nn.Parameter, int, float, bool, type(None)])
-"""Has no tensors in it."""
-
-
-def name_of(function: Function) -> str:
-    return getattr(function, "__name__", "")
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, _SEQUENCES):
-        return [t for part in value for t in tensors_in(part)]
-    return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
-
-
-def found_in(values: Iterable[Any], ids: Container[int]) -> list[int]:
-    """The ids of those among the values, or in a list, tuple or dictionary of them, that are in `ids`.
-
-    Every operation of a pass is asked this, hundreds of times, so most values are only looked at once.
-    """
-    found: list[int] = []
-    for value in values:
-        if id(value) in ids:
-            found.append(id(value))
-        elif type(value) in _PLAIN:
-            continue
-        elif isinstance(value, _NESTED):
-            found += [id(t) for t in tensors_in(value) if id(t) in ids]
-    return found
-
-
-def reads_values(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Container[int]
-) -> list[int]:
-    """The parameters (given by their ids) in which this call reads what is in them, and not only a shape or type."""
-    found = found_in(args, parameters)
-    if kwargs:
-        found += found_in(kwargs.values(), parameters)
-    if not found or (name := name_of(func)) in _ABOUT:
-        return []
-    if name == "__get__" and not isinstance(func(*args, **kwargs), torch.Tensor):  # .shape against .data and .T
-        return []
-    return found
-
-
-class Perturbed(TorchFunctionMode):
-    """Context: the parameters of `directions` are read as moved.
-
-    Attributes:
-      used: names of the parameters that were read so far.
-    """
+class Perturbed(Reading):
+    """Context: the parameters of `directions` are read as moved."""
 
     def __init__(
         self,
@@ -166,30 +67,32 @@ class Perturbed(TorchFunctionMode):
           sides: where the weights are moved to; more than one for `sides.Sides` only.
           small: those of the parameters that are moved together.
         """
-        super().__init__()
-        self._made = {side: small.moved(step, side.k, side.shift) for side in sides} if small else {}
+        super().__init__(parameters)
         self.directions, self.step, self.sides = directions, step, tuple(sides)
-        self.names = {id(p): name for name, p in parameters.items()}
-        self.used: set[str] = set()
+        self._small = [small.room() for _ in sides] if small else []
+        self._made: dict[Side, Mapping[int, torch.Tensor]] = {}
         self._room: torch.Tensor | None = None
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, name_of(func)
-        if name in _DROPOUTS:
-            require_no_randomness(func, args, kwargs)
-        read = reads_values(func, args, kwargs, self.names)
-        if not read:
+    def at(self, sides: Sequence[Side]) -> Self:
+        """For another pass, with as many other sides. What the one before made of small weights is lost."""
+        self.sides = tuple(sides)
+        return self
+
+    def __enter__(self) -> Self:
+        pairs = zip(self._small, self.sides, strict=bool(self._small))
+        self._made = {side: room.moved(self.step, side.k, side.shift) for room, side in pairs}
+        return super().__enter__()
+
+    def answer(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if only_about(func, args, kwargs):
             return func(*args, **kwargs)
-        self.used.update(self.names[found] for found in read)
-        written = self.names.get(id(args[0])) if args else None
+        written, name = self.names.get(id(args[0])) if args else None, name_of(func)
         if written and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
             raise _writes(written)
         return self.replace(func, args, kwargs)
 
     def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is run instead of `func`, which reads a parameter. This is outside the context again."""
+        """What is run instead of `func`, which reads a parameter."""
         return self.one_side(func, args, kwargs, self.sides[0])
 
     def name(self, value: Any) -> str | None:
@@ -214,7 +117,7 @@ class Perturbed(TorchFunctionMode):
             return self.moved(value, side) if id(value) in self.names else value
         if isinstance(value, dict):
             return {key: self._move_all(part, side) for key, part in value.items()}
-        if isinstance(value, _SEQUENCES) and any(id(t) in self.names for t in tensors_in(value)):
+        if isinstance(value, tuple | list) and found_in([value], self.names):
             return type(value)(self._move_all(part, side) for part in value)
         return value
 
@@ -344,57 +247,4 @@ def _writes(what: str) -> SottoError:
         where=what,
         why="the loss is compared at two points near the same weights, which must not change in between",
         fix="remove max_norm or the in-place change, or freeze this parameter",
-    )
-
-
-# ---- what must not be random
-
-
-def require_deterministic(model: nn.Module) -> None:
-    """Refuses a model whose two passes would differ for another reason than the weights.
-
-    Raises:
-      SottoError: SOT651, a module in training mode drops out, or normalises over the batch.
-    """
-    for path, module in model.named_modules():
-        if not module.training:
-            continue
-        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        drops |= isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
-        if drops or isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise _random(f"{path} ({type(module).__name__})")
-
-
-def require_no_randomness(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses a function that draws random numbers; models also drop out by functions that are no modules.
-
-    Raises:
-      SottoError: SOT651.
-    """
-    name = name_of(func)
-    if name not in _DROPOUTS:
-        return
-    probability, training = _DROPOUTS[name]
-    defaults = (0.0 if name.startswith("scaled") else 0.5, True)
-    p = _argument(args, kwargs, probability, ("p", "dropout_p"), defaults[0])
-    active = _argument(args, kwargs, training, ("training", "train"), defaults[1])
-    if active and (probability is None or p > 0):
-        raise _random(name)
-
-
-def _argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], place: int | None, names: tuple[str, ...], default: Any
-) -> Any:
-    if place is not None and len(args) > place:
-        return args[place]
-    return next((kwargs[name] for name in names if name in kwargs), default)
-
-
-def _random(what: str) -> SottoError:
-    return SottoError(
-        "SOT651",
-        what=f"{what} makes two forward passes under the same weights differ",
-        where=what,
-        why="the difference of two losses is divided by a small number, so dropout would drown what is measured",
-        fix="call model.eval() before probing",
     )

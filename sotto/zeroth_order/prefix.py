@@ -18,7 +18,7 @@ Shape legend: B rows of the batch; outputs have any shape.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,7 +27,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sotto.zeroth_order.perturb import Batch, Function, name_of, reads_values, require_no_randomness, tensors_in
+from sotto.zeroth_order.deterministic import require_no_randomness
+from sotto.zeroth_order.perturb import Batch
+from sotto.zeroth_order.reading import Function, name_of, reads_values, tensors_in
 
 
 class _Reached(Exception):
@@ -164,24 +166,30 @@ class _Recorder(TorchFunctionMode):
 
 
 def capture(
-    model: nn.Module, parameters: Mapping[str, torch.Tensor], forward: Callable[[Batch], torch.Tensor], batch: Batch
+    model: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    forward: Callable[[Batch], torch.Tensor],
+    batch: Batch,
+    frozen: Sequence[nn.Module],
 ) -> Prefix:
     """Runs the model on a batch up to the first of `parameters`, under `no_grad`, and keeps what is needed.
 
     Args:
+      frozen: its modules that `frozen_modules` finds.
       forward: runs the model on a batch; its result is not used.
       batch: tensors with B rows each.
     """
     perturbed = {id(p) for p in parameters.values()}
     recorder = _Recorder(perturbed)
     hooks: list[Any] = []
-    for module in _frozen(model, perturbed):
+    for module in frozen:
         hooks.append(module.register_forward_pre_hook(recorder.enter))
         hooks.append(module.register_forward_hook(recorder.leave))
     outputs: dict[nn.Module, list[Any]] = {}
     try:
-        with torch.no_grad(), recorder:
-            forward(batch)
+        if frozen:
+            with torch.no_grad(), recorder:
+                forward(batch)
     except _Reached:
         outputs = recorder.finish()  # in here the frames of the forward pass, and what they hold, are still alive
     finally:
@@ -196,8 +204,9 @@ def capture(
     return prefix
 
 
-def _frozen(model: nn.Module, perturbed: set[int]) -> list[nn.Module]:
-    """The largest modules with weights, none of them perturbed. The model itself is not among them."""
+def frozen_modules(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[nn.Module]:
+    """The largest modules with weights, none of them among the parameters. The model itself is not among them."""
+    perturbed = {id(p) for p in parameters.values()}
     return list(dict.fromkeys(part for child in model.children() for part in _parts(child, perturbed).frozen))
 
 

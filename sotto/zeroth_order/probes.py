@@ -30,20 +30,23 @@ Shape legend: B examples, U units, K directions of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from sotto.errors import SottoError
 from sotto.gradients.rows import Rows
 from sotto.privacy.events import check_number
+from sotto.zeroth_order.deterministic import require_deterministic, run
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import bad_argument
-from sotto.zeroth_order.perturb import Batch, Perturbed, Side, require_deterministic
-from sotto.zeroth_order.prefix import Prefix, capture
+from sotto.zeroth_order.perturb import Batch, Perturbed, Side
+from sotto.zeroth_order.prefix import Prefix, capture, frozen_modules
 from sotto.zeroth_order.sides import Sides
 from sotto.zeroth_order.small import Small
 from sotto.zeroth_order.tangents import Tangents, derivatives
@@ -99,7 +102,8 @@ class Prober:
             why = "every trainable weight has a direction, and no other"
             raise bad_argument("directions", sorted(directions.shapes)[:3], why, "make them from trainable(model)")
         require_deterministic(model)
-        self._smalls: dict[tuple[str, ...], Small] = {}
+        self._scopes: dict[tuple[str, ...], _Scope] = {}
+        self._devices = {p.device for p in model.parameters()}
 
     # ---- the numbers
 
@@ -119,18 +123,14 @@ class Prober:
         chosen = range(self.directions.count) if probes is None else probes
         smoothing, rows, moved = self.smoothing, _rows(batch), self.moved(part)
         with torch.no_grad():
-            prefix = capture(self.model, moved, self.forward, batch) if self.reuse_prefix else None
+            prefix = self._prefix(moved, batch)
             if smoothing == 0:
                 found = [self._derivatives(batch, rows, Tangents(moved, self.directions, step, k), prefix)[1]
                          for k in chosen]  # fmt: skip
                 return torch.stack(found, 1) if found else torch.zeros(rows, 0, dtype=torch.float64)
             signs = (1.0,) if self.directions.centred else (1.0, -1.0)
             points = [Side(k, sign * smoothing) for k in chosen for sign in signs]
-            losses_sB = [
-                losses
-                for start in range(0, len(points), self.sides)
-                for losses in self._losses(batch, rows, step, points[start : start + self.sides], prefix, moved)
-            ]
+            losses_sB = self._losses(batch, step, points, moved, prefix)
         if not losses_sB:
             return torch.zeros(rows, 0, dtype=torch.float64)
         if self.directions.centred:
@@ -156,33 +156,50 @@ class Prober:
         """Name -> those parameters that a probe of this part moves."""
         return {name: p for name, p in self.parameters.items() if self.directions.part[name] == part}
 
-    def _small(self, moved: Mapping[str, nn.Parameter]) -> Small:
+    def _scope(self, moved: Mapping[str, nn.Parameter]) -> _Scope:
         names = tuple(moved)
-        if names not in self._smalls:
-            self._smalls[names] = Small(moved, self.directions)
-        return self._smalls[names]
+        if names not in self._scopes:
+            self._scopes[names] = _Scope(Small(moved, self.directions), frozen_modules(self.model, moved))
+        return self._scopes[names]
+
+    def _prefix(self, moved: Mapping[str, nn.Parameter], batch: Batch) -> Prefix | None:
+        if not self.reuse_prefix:
+            return None
+        return capture(self.model, moved, self.forward, batch, self._scope(moved).frozen)
 
     def _losses(
         self,
         batch: Batch,
-        rows: int,
         step: int,
-        sides: Sequence[Side],
-        prefix: Prefix | None,
+        points: Sequence[Side],
         moved: Mapping[str, nn.Parameter],
+        prefix: Prefix | None,
     ) -> list[torch.Tensor]:
-        """(B,) float64 losses for each side."""
-        repeats = len(sides)
-        with ExitStack() as stack:
-            if prefix is not None:
-                stack.enter_context(prefix.replay(repeats))
-            if repeats == 1:
-                stack.enter_context(Perturbed(moved, self.directions, step, sides, self._small(moved)))
-            else:
-                stack.enter_context(Sides(moved, self.directions, step, sides, rows, self._small(moved)))
+        """(B,) float64 losses at each point, `sides` of them in a pass."""
+        found: list[torch.Tensor] = []
+        context: Perturbed | None = None
+        for start in range(0, len(points), self.sides):
+            sides = points[start : start + self.sides]
+            if context is None or len(sides) != len(context.sides):
+                context = self._context(moved, step, sides, _rows(batch))
+            found += self._pass(batch, context.at(sides), prefix)
+        return found
+
+    def _context(self, moved: Mapping[str, nn.Parameter], step: int, sides: Sequence[Side], rows: int) -> Perturbed:
+        """In which a pass takes these sides, or as many others."""
+        small = self._scope(moved).small
+        if len(sides) == 1:
+            return Perturbed(moved, self.directions, step, sides, small)
+        return Sides(moved, self.directions, step, sides, rows, small)
+
+    def _pass(self, batch: Batch, moved: Perturbed, prefix: Prefix | None) -> list[torch.Tensor]:
+        """(B,) float64 losses for each side. Their own: a view of a moved weight would move with it."""
+        repeats, rows = len(moved.sides), _rows(batch)
+        with prefix.replay(repeats) if prefix is not None else nullcontext(), moved:
+            if repeats > 1:
                 batch = {name: x.expand(repeats, *x.shape).flatten(0, 1) for name, x in batch.items()}
-            losses = self.forward(batch)
-        return list(_per_example(losses, repeats * rows).double().chunk(repeats))
+            losses = run(self.forward, batch, self._devices)
+        return list(_per_example(losses, repeats * rows).to(torch.float64, copy=True).chunk(repeats))
 
     def _derivatives(
         self, batch: Batch, rows: int, tangents: Tangents, prefix: Prefix | None
@@ -193,7 +210,7 @@ class Prober:
                 stack.enter_context(prefix.replay(1))
             read = stack.enter_context(derivatives())
             with tangents:
-                losses = _per_example(self.forward(batch), rows)
+                losses = _per_example(run(self.forward, batch, self._devices), rows)
             return forward_ad.unpack_dual(losses).primal.double(), read(losses).double()
 
     # ---- what has to hold
@@ -213,19 +230,22 @@ class Prober:
         rows, shift, all_ = _rows(batch), max(self.smoothing, CHECK_SHIFT), self.parameters
         points = [Side(0, shift), Side(0, -shift)][: self.sides]
         with torch.no_grad():
-            prefix = capture(self.model, all_, self.forward, batch) if self.reuse_prefix else None
-            fast = self._losses(batch, rows, step, points, prefix, all_)[0]
-            plain = self._losses(batch, rows, step, points[:1], None, all_)[0]
+            prefix = self._prefix(all_, batch)
+            fast = self._losses(batch, step, points, all_, prefix)[0]
+            plain = self._losses(batch, step, points[:1], all_, None)[0]
             moved = Perturbed(all_, self.directions, step, points[:1])
             really = {name: moved.moved(p, points[0]) for name, p in all_.items()}
             truth = _per_example(self._forward_with(really, batch), rows).double()
             del really
             for row in sorted({0, rows // 2, rows - 1})[:_CHECKED_ROWS]:
                 alone = {name: x[row : row + 1] for name, x in batch.items()}
-                same = self._losses(alone, 1, step, points[:1], None, all_)[0]
+                same = self._losses(alone, step, points[:1], all_, None)[0]
                 self._require_same(plain[row : row + 1], same, _coupled())
             self._require_same(truth, plain, _differ("one perturbed weight at a time"))
             self._require_same(truth, fast, _differ("the kept prefix or several sides at once"))
+            still = self._losses(batch, step, [Side(0, 0.0)], all_, None)[0]
+            if not isinstance(plain, FakeTensor) and torch.equal(plain, still):  # a forecast moves nothing
+                raise _unmoved()
             if self.smoothing == 0:
                 self._check_derivatives(batch, rows, Tangents(all_, self.directions, step, 0), prefix)
 
@@ -250,6 +270,13 @@ class Prober:
         finite = torch.isfinite(a) & torch.isfinite(b)
         if bool(((a - b).abs() > tolerance * (1 + a.abs()))[finite].any()):
             raise error
+
+
+class _Scope(NamedTuple):
+    """What stays the same for some of the parameters from step to step."""
+
+    small: Small
+    frozen: list[nn.Module]
 
 
 class _Holder(nn.Module):
@@ -300,9 +327,17 @@ def _coupled() -> SottoError:
     )  # fmt: skip
 
 
+def _unmoved() -> SottoError:
+    return SottoError(
+        "SOT655", what="no loss changes when all trainable weights are moved", where="zeroth_order.probes",
+        why="every direction would say zero, and the steps would be noise alone",
+        fix="train weights that the loss depends on, in the model that it is computed with (and no scripted copy)",
+    )  # fmt: skip
+
+
 def _differ(what: str) -> SottoError:
     return SottoError(
         "SOT655", what=f"{what} gives other losses than moved weights do", where="zeroth_order.probes",
         why="the numbers would not be derivatives along the directions", fix="set sides=1 and reuse_prefix=False; if "
-        "it stays, the model reads weights where torch functions cannot be overridden (a scripted or compiled module)",
+        "it stays, the model reads weights where torch functions cannot be overridden (a scripted module)",
     )  # fmt: skip

@@ -158,8 +158,8 @@ def tables(streams: list[walsh.Stream], sizes: list[int], device: torch.device) 
     )
 
 
-def add_many(stream: walsh.Stream, shift: float, source_e: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """(e,) tensors that lie in a row + shift * u, in the place of the source; the bits are those of `add`.
+def add_many(stream: walsh.Stream, shift: float, flat_e: torch.Tensor, tables: Tables) -> None:
+    """Adds shift * u to tensors that lie in a row; the bits are those of `add`.
 
     Args:
       stream: of one of them; of the others, all but the keys and the first word are the same.
@@ -172,9 +172,10 @@ def add_many(stream: walsh.Stream, shift: float, source_e: torch.Tensor, tables:
     numbers = (stream.stretch, shift) if stream.places is None else (1.0, 1.0)
     whole_e = _room("signs", laws.PER_WORD * len(words_w))
     laws.signs(words_w, whole_e.numpy(), *numbers)
-    signs_e = _joined("many signs", whole_e.split(tables.lengths)[::2], source_e)
+    signs_e = _joined("many signs", whole_e.split(tables.lengths)[::2], flat_e)
     if stream.places is None:
-        return torch.add(source_e, signs_e, out=source_e)
+        flat_e.add_(signs_e)
+        return
     table = torch.from_numpy(laws.stretched(stream.stretch, shift))
     drawn_T4 = counter.blocks(tables.places_T, step, index, torch.zeros_like(tables.places_T))
     sizes = [
@@ -182,7 +183,7 @@ def add_many(stream: walsh.Stream, shift: float, source_e: torch.Tensor, tables:
         for n, places in zip(tables.lengths[::2], laws.places(drawn_T4).tolist(), strict=True)
         for run, place in enumerate(places[: -(-n // laws.RUN)])
     ]
-    return torch.addcmul(source_e, signs_e, _joined("sizes", sizes, source_e), out=source_e)
+    flat_e.addcmul_(signs_e, _joined("sizes", sizes, flat_e))
 
 
 def _joined(name: str, parts: Sequence[torch.Tensor], like_e: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,9 @@ every weight is replaced by its absolute value and which reads one token (SynFlo
 arXiv:2006.05467). The weights with the lowest scores are kept: those through which the least flows. (DP-ZOPO multiplies
 by a curvature as well.) It is a function of the untrained, public weights, so it costs no privacy.
 
+A matrix that begins at zero, as the last layer of a new classifier does, lets nothing through: all scores below it
+would be zero, and its own as well. Nothing public says which of its entries matter: all are kept. It counts as ones.
+
 Shape legend: d all trainable entries.
 """
 
@@ -19,23 +22,32 @@ from torch.func import functional_call
 
 
 def masks(model: nn.Module, parameters: Mapping[str, nn.Parameter], keep: float) -> dict[str, torch.Tensor]:
-    """Name -> bool tensor, true for the `keep` part of all entries that have the lowest scores (at least one entry).
+    """Name -> bool tensor, true for the `keep` part of all scored entries that have the lowest scores (at least one).
 
     Args:
       model: with its untrained weights; it is left as it is.
       parameters: the trainable parameters; entries of score zero, through which nothing flows, come last.
     """
     scores = {name: score.flatten() for name, score in _scores(model, parameters).items()}
-    all_d = torch.cat([torch.where(s > 0, s, torch.inf) for s in scores.values()])
+    new = [name for name, p in parameters.items() if _is_new(p)]
+    scored = {name: score for name, score in scores.items() if name not in new}
+    all_d = torch.cat([torch.where(s > 0, s, torch.inf) for s in scored.values()]) if scored else torch.zeros(0)
     chosen_d = torch.zeros_like(all_d, dtype=torch.bool)
     chosen_d[all_d.argsort(stable=True)[: max(1, round(keep * len(all_d)))]] = True
-    parts = chosen_d.split([len(s) for s in scores.values()])
-    return {name: part.view(parameters[name].shape) for name, part in zip(scores, parts, strict=True)}
+    parts = dict(zip(scored, chosen_d.split([len(s) for s in scored.values()]), strict=True))
+    return {
+        name: (torch.ones(p.shape, dtype=torch.bool) if name in new else parts[name].view(p.shape))
+        for name, p in parameters.items()
+    }
+
+
+def _is_new(weight: torch.Tensor) -> bool:
+    return weight.dim() > 1 and not bool(weight.detach().any())
 
 
 def _scores(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     positive = {
-        name: p.detach().abs().requires_grad_(name in parameters)
+        name: (torch.ones_like(p) if _is_new(p) else p.detach().abs()).requires_grad_(name in parameters)
         for name, p in model.named_parameters()
         if p.is_floating_point()
     }

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
-from sotto.zeroth_order.perturb import Function, Perturbed, Side, name_of
+from sotto.zeroth_order.perturb import Perturbed, Side
+from sotto.zeroth_order.reading import Function, name_of
 from sotto.zeroth_order.small import Small
 
 SMALL = 1 << 22

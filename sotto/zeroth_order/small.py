@@ -36,15 +36,28 @@ class Small:
         groups = [group for names in kinds.values() for group in _groups(names, parameters)]
         self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in groups]
 
-    def moved(self, step: int, k: int, shift: float) -> dict[int, torch.Tensor]:
-        """id of a parameter -> a new tensor, the parameter + shift * u; of those alone that are here."""
-        found: dict[int, torch.Tensor] = {}
-        for group in self._groups:
-            stream = self._directions.stream(group.first, step, k)
-            flat_e = torch.cat([p.detach().reshape(-1) for p in group.tensors])
-            parts = group.moved(stream, shift, flat_e).split(group.sizes)
-            found |= {id(p): part.view(p.shape) for p, part in zip(group.tensors, parts, strict=True)}
-        return found
+    def room(self) -> Room:
+        """For them at one side; of their size."""
+        return Room(self._directions, self._groups)
+
+
+class Room:
+    """The small tensors at one side, and then at another in the same place."""
+
+    def __init__(self, directions: Directions, groups: list[_Group]):
+        self._directions, self._groups = directions, groups
+        self._flats = [group.empty() for group in groups]
+        self._views = {
+            id(p): part.view(p.shape)
+            for group, flat_e in zip(groups, self._flats, strict=True)
+            for p, part in zip(group.tensors, flat_e.split(group.sizes), strict=True)
+        }
+
+    def moved(self, step: int, k: int, shift: float) -> Mapping[int, torch.Tensor]:
+        """id of a parameter -> the parameter + shift * u, until the next call; of those alone that are moved here."""
+        for group, flat_e in zip(self._groups, self._flats, strict=True):
+            group.move(self._directions.stream(group.first, step, k), shift, flat_e)
+        return self._views
 
 
 def _groups(names: list[str], parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
@@ -70,10 +83,15 @@ class _Group:
         fake = isinstance(tensors[0].data, FakeTensor)
         self._tables = None if fake else self._mover.tables(streams, self.sizes, tensors[0].device)
 
-    def moved(self, stream: Any, shift: float, flat_e: torch.Tensor) -> torch.Tensor:
-        if self._tables is None:  # in a forecast, where what takes memory is made, and nothing is run
-            return torch.empty_like(flat_e)
-        return self._mover.add_many(stream, shift, flat_e, self._tables)
+    def empty(self) -> torch.Tensor:
+        """(e,) a place for them."""
+        return self.tensors[0].detach().new_empty(sum(self.sizes))
+
+    def move(self, stream: Any, shift: float, flat_e: torch.Tensor) -> None:
+        """Fills a place with the tensors + shift * u."""
+        if self._tables is not None:  # in a forecast what takes memory is made, and nothing is run
+            torch.cat([p.detach().reshape(-1) for p in self.tensors], out=flat_e)
+            self._mover.add_many(stream, shift, flat_e, self._tables)
 
 
 def _mover(stream: Stream | None, tensor: torch.Tensor) -> Any:

@@ -13,7 +13,7 @@ from sotto import session as sessions
 from sotto.gradients.base import ClippedSum
 from sotto.privacy.mechanism import GaussianMechanism
 from sotto.privacy.noise import SecureNoise
-from sotto.zeroth_order import directions, engine, perturb, probes, release, updates
+from sotto.zeroth_order import deterministic, directions, engine, probes, release, updates
 
 SENSITIVITY = "test_zeroth_release.py::test_no_unit_moves_the_sum_by_more_than_the_sensitivity"
 
@@ -122,4 +122,4 @@ def the_mask_follows_a_random_choice(m: pytest.MonkeyPatch) -> None:
 def dropout_stays_on(m: pytest.MonkeyPatch) -> None:
     """Differences of losses under other masks: noise that nobody asked for."""
     m.setattr(probes, "require_deterministic", lambda model: None)
-    m.setattr(perturb, "require_no_randomness", lambda *args: None)
+    m.setattr(deterministic, "require_no_randomness", lambda *args: None)

@@ -1,0 +1,200 @@
+"""Who reads a parameter in a pass of the probes, and what may not be random in one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sotto.errors import SottoError
+from sotto.zeroth_order import deterministic
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.probes import Prober, trainable
+from sotto.zeroth_order.reading import Reading
+
+KEY = "0" * 32
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+class Doubles(Reading):
+    """Gives functions twice the parameter, and notes which functions those are."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(dict(model.named_parameters()))
+        self.asked: list[str] = []
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.asked.append(func.__name__)
+        return func(*(2 * x if id(x) in self.names else x for x in args), **kwargs)
+
+
+class Own(nn.Parameter):
+    """A class of somebody else's."""
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 1))
+    made[3].weight = Own(made[3].weight.detach())
+    return made
+
+
+def prober(made: nn.Module, forward: Callable[[Any], torch.Tensor] | None = None, k: int = 2, **options: Any) -> Prober:
+    shapes = {name: p.shape for name, p in trainable(made).items()}
+    centred = options.pop("centred", False)
+    directions = Directions(KEY, shapes, k, centred=centred)
+    return Prober(made, forward or (lambda b: made(b["x"])[:, 0].square()), directions, **options)
+
+
+def kinds_and_bits(made: nn.Module) -> list[tuple[type, bytes]]:
+    return [(type(p), p.detach().numpy().tobytes()) for p in made.parameters()]
+
+
+# ---- who reads
+
+
+def test_only_functions_that_get_a_parameter_are_asked_about():
+    made = model()
+    with torch.no_grad(), Doubles(made) as reading:
+        made(X).relu().sum().item()
+        _ = made[0].weight.shape, F.relu(X), X @ X.T
+    assert [name for name in reading.asked if name != "__get__"] == ["linear", "layer_norm", "linear"]
+
+
+def test_parameters_get_their_own_class_back_and_keep_their_bits():
+    made = model()
+    before, plain = kinds_and_bits(made), made(X)
+    with torch.no_grad(), Doubles(made):
+        assert isinstance(made[3].weight, Own)
+        assert kinds_and_bits(made) != before
+        moved = made(X)
+    with pytest.raises(ZeroDivisionError), Doubles(made):
+        raise ZeroDivisionError
+    assert kinds_and_bits(made) == before
+    assert torch.equal(made(X), plain)
+    assert not torch.allclose(moved, plain)
+
+
+def test_a_parameter_of_a_class_that_cannot_be_left_lets_the_others_go(monkeypatch):
+    made = model()
+    before, genuine = kinds_and_bits(made), nn.Parameter.__setattr__
+
+    def stubborn(self: nn.Parameter, name: str, value: Any) -> None:
+        if name == "__class__" and value is not Own and isinstance(self, Own) and type(self) is Own:
+            raise TypeError("object layout differs")
+        genuine(self, name, value)
+
+    monkeypatch.setattr(Own, "__setattr__", stubborn)
+    with pytest.raises(TypeError, match="layout"), Doubles(made):
+        pass
+    assert kinds_and_bits(made) == before
+    with torch.no_grad(), pytest.raises(AssertionError), Doubles(made[0]), Doubles(made[2]):
+        pass
+    assert kinds_and_bits(made) == before
+
+
+def test_another_thread_reads_what_is_there():
+    made = model()
+    plain, found = made(X).detach(), []
+    with torch.no_grad(), Doubles(made):
+        other = threading.Thread(target=lambda: found.append(made(X).detach()))
+        other.start()
+        other.join()
+        assert torch.equal(found[0], plain)
+        assert not torch.equal(made(X), plain)
+
+
+def test_parameters_of_a_forecast_are_read_too():
+    with FakeTensorMode():
+        made = nn.Linear(6, 8)
+        before = [type(p) for p in made.parameters()]
+        with torch.no_grad(), Doubles(made) as reading:
+            assert made(torch.empty(4, 6)).shape == (4, 8)
+        assert reading.asked == ["linear"]
+        assert [type(p) for p in made.parameters()] == before
+
+
+def test_compiled_models_run_uncompiled_and_read_moved_weights():
+    made = model()
+    expected = prober(made).differences({"x": X}, 0)
+    compiled: Any = torch.compile(made, backend="eager")
+    p = prober(made, lambda b: compiled(b["x"])[:, 0].square())
+    p.check({"x": X})
+    assert torch.equal(p.differences({"x": X}, 0), expected)
+    assert torch.equal(compiled(X), made(X))
+
+
+def test_weights_that_no_function_shows_are_noticed():
+    """A scripted copy that shares the weights: neither the probes nor the check can lend it others."""
+    made = model()
+    scripted: Any = torch.jit.trace(made, X)
+    with pytest.raises(SottoError) as caught:
+        prober(made, lambda b: scripted(b["x"])[:, 0].square()).check({"x": X})
+    assert caught.value.code == "SOT655"
+    assert "no loss changes" in caught.value.what
+
+
+def test_losses_that_are_a_view_of_a_weight_stay_what_they_were():
+    """The next pass takes the place of the small weights of this one."""
+    holder = nn.Module()
+    holder.losses = nn.Parameter(torch.arange(4.0, dtype=torch.float64))
+    holder.other = nn.Parameter(torch.arange(4.0))
+    shapes = {name: p.shape for name, p in trainable(holder).items()}
+    directions = Directions(KEY, shapes, 2)
+    u_BK = torch.stack([directions.tensor("other", 0, k) for k in range(2)], 1).double()
+    found_BK = Prober(holder, lambda b: holder.other[:], directions).differences({"x": X}, 0)
+    torch.testing.assert_close(found_BK, u_BK, rtol=1e-3, atol=1e-3)
+    u_BK = torch.stack([directions.tensor("losses", 0, k) for k in range(2)], 1).double()
+    found_BK = Prober(holder, lambda b: holder.losses[:], directions).differences({"x": X}, 0)
+    torch.testing.assert_close(found_BK, u_BK, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("k", "centred"), [(5, True), (3, False)])
+def test_the_last_sides_may_be_fewer(k, centred):
+    made = model()
+    one = prober(made, k=k, centred=centred).differences({"x": X}, 3)
+    several = prober(made, k=k, centred=centred, sides=4).differences({"x": X}, 3)
+    torch.testing.assert_close(several, one, rtol=1e-3, atol=1e-3)
+
+
+# ---- what is random
+
+
+def refused(draw: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    made = model()
+    with pytest.raises(SottoError) as caught:
+        prober(made, lambda b: draw(made(b["x"])[:, 0].square())).differences({"x": X}, 0)
+    assert caught.value.code == "SOT651"
+    return caught.value.where
+
+
+def test_the_function_that_draws_is_named_where_it_is_known():
+    assert refused(lambda h: F.dropout(h, 0.5)) == "dropout"
+    assert refused(lambda h: h * torch.empty_like(h).uniform_()) == "uniform_"
+    assert refused(lambda h: h * torch.randn(4)) == "the forward pass"
+    assert refused(lambda h: h[torch.randperm(4)]) == "the forward pass"
+
+
+def test_numbers_that_change_no_loss_are_nobodys_business():
+    """Such as those that another thread draws for the next batch."""
+    made = model()
+    expected = prober(made).differences({"x": X}, 0)
+
+    def forward(b: Any) -> torch.Tensor:
+        torch.randperm(100)
+        return made(b["x"])[:, 0].square()
+
+    assert torch.equal(prober(made, forward).differences({"x": X}, 0), expected)
+
+
+def test_a_pass_that_draws_nothing_runs_once():
+    calls: list[int] = []
+    losses = deterministic.run(lambda b: calls.append(1) or torch.tensor([float("nan")]), {}, [torch.device("meta")])
+    assert calls == [1]
+    assert losses.isnan().all()
