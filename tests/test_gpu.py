@@ -29,7 +29,7 @@ from sotto.privacy.noise import DebugNoise, SecureNoise
 from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.perturb import Perturbed, Side
-from sotto.zeroth_order.small import Small
+from sotto.zeroth_order.small import Group, Room, groups
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,18 +155,18 @@ def test_one_kernel_moves_weights_as_a_chain_of_operations_does(monkeypatch: pyt
             weights = {n: torch.randn(s, device=CUDA).to(dtype) for n, s in shapes.items()}
             made, side = Directions("00" * 16, shapes, 4, zeroth.Law(law)), Side(2, 1e-2)
             assert kernels.kernel_for(made.stream("w", 7, 2), weights["w"]) is not None
-            small = Small(weights, made)
-            assert {id(weights["b"]), id(weights["e"])} == set(small.room().moved(7, 2, 1e-2))
+            small = groups(weights, made)
+            assert {id(weights["b"]), id(weights["e"])} == set(Room(small).moved(7, 2, 1e-2))
 
-            def moved(small: Small | None, w: Any = weights, made: Any = made, side: Any = side) -> list[torch.Tensor]:
+            def moved(small: list[Group], w: Any = weights, made: Any = made, side: Any = side) -> list[torch.Tensor]:
                 context = Perturbed(w, made, 7, [side], small)
                 with context:
                     return [w["w"] * 1, w["b"] * 1, w["e"] * 1, torch.nn.functional.embedding(rows_n, w["e"])]
 
-            found, alone = moved(small), moved(None)
+            found, alone = moved(small), moved([])
             with monkeypatch.context() as without:
                 without.setattr(kernels, "_compiled", lambda device: None)
-                expected = moved(None)
+                expected = moved([])
             for x, y, z in zip(found, alone, expected, strict=True):
                 if law in ("rademacher", "orthogonal"):
                     assert torch.equal(x, z)

@@ -32,11 +32,12 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def make(
-    kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None, probes: int = K, **more: Any
-) -> Updates:
+    kind: str, net: nn.Module, key: str = KEY, preset: Preset | None = None, probes: int = K, law: str = "gaussian",
+    **more: Any,
+) -> Updates:  # fmt: skip
     run = RunSection(**{"expected_batch_size": 4, "steps": STEPS, "learning_rate": 0.05, **RUNS[kind], **more})
     shapes = {name: p.shape for name, p in net.named_parameters()}
-    return Updates(dict(net.named_parameters()), Directions(key, shapes, probes, Law("gaussian")), run, STEPS, preset)
+    return Updates(dict(net.named_parameters()), Directions(key, shapes, probes, Law(law)), run, STEPS, preset)
 
 
 def test_how_a_weight_lies_in_memory_changes_nothing():
@@ -151,12 +152,17 @@ def test_how_a_step_is_rounded_is_part_of_the_fingerprint(monkeypatch):
 @pytest.mark.parametrize("probes", [1, K])
 @pytest.mark.parametrize("preset", [None, PRESETS["dpzopo"]], ids=["one stage", "stages"])
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_replay_of_the_log_has_the_same_bits(kind, preset, probes, monkeypatch):
+@pytest.mark.parametrize("law", LAWS)
+def test_a_replay_of_the_log_has_the_same_bits(law, kind, preset, probes, monkeypatch):
+    """In other shards: small tensors together, and each alone in chunks of five."""
     net = model()
-    done = trained(kind, net, probes, preset=preset)
+    done = trained(kind, net, probes, preset=preset, law=law)
     again = model()
-    monkeypatch.setattr("sotto.zeroth_order.updates.CHUNK", 5)  # other shards, the same bits
-    fresh = make(kind, again, preset=preset, probes=probes)
+    monkeypatch.setattr("sotto.zeroth_order.updates.CHUNK", 5)
+    monkeypatch.setattr("sotto.zeroth_order.updates.groups", lambda *_, **__: [])
+    fresh = make(kind, again, preset=preset, probes=probes, law=law)
+    assert [len(x.names) for x in done._places] == [len(done.parameters)]
+    assert [x.names for x in fresh._places] == [[name] for name in fresh.parameters]
     fresh.restore({}, done.state_tensors())
     assert torch.equal(weights(net), weights(again))
     for name, value in done.final_weights().items():

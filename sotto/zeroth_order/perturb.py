@@ -28,7 +28,7 @@ from sotto.errors import SottoError
 from sotto.zeroth_order import kernels
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.reading import Function, Reading, found_in, name_of, only_about
-from sotto.zeroth_order.small import Small
+from sotto.zeroth_order.small import Group, Room
 from sotto.zeroth_order.walsh import Stream
 
 BLOCK = 1 << 21
@@ -57,7 +57,7 @@ class Perturbed(Reading):
         directions: Directions,
         step: int,
         sides: Sequence[Side],
-        small: Small | None = None,
+        small: Sequence[Group] = (),
     ):
         """Prepares a pass.
 
@@ -69,7 +69,7 @@ class Perturbed(Reading):
         """
         super().__init__(parameters)
         self.directions, self.step, self.sides = directions, step, tuple(sides)
-        self._small = [small.room() for _ in sides] if small else []
+        self._small = [Room(list(small)) for _ in sides] if small else []
         self._made: dict[Side, Mapping[int, torch.Tensor]] = {}
         self._room: torch.Tensor | None = None
 

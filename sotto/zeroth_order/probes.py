@@ -48,7 +48,7 @@ from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side
 from sotto.zeroth_order.prefix import Prefix, capture, frozen_modules
 from sotto.zeroth_order.sides import Sides
-from sotto.zeroth_order.small import Small
+from sotto.zeroth_order.small import Group, groups
 from sotto.zeroth_order.tangents import Tangents, derivatives
 
 Forward = Callable[[Batch], torch.Tensor]
@@ -159,7 +159,7 @@ class Prober:
     def _scope(self, moved: Mapping[str, nn.Parameter]) -> _Scope:
         names = tuple(moved)
         if names not in self._scopes:
-            self._scopes[names] = _Scope(Small(moved, self.directions), frozen_modules(self.model, moved))
+            self._scopes[names] = _Scope(groups(moved, self.directions), frozen_modules(self.model, moved))
         return self._scopes[names]
 
     def _prefix(self, moved: Mapping[str, nn.Parameter], batch: Batch) -> Prefix | None:
@@ -275,7 +275,7 @@ class Prober:
 class _Scope(NamedTuple):
     """What stays the same for some of the parameters from step to step."""
 
-    small: Small
+    small: list[Group]
     frozen: list[nn.Module]
 
 

@@ -24,8 +24,24 @@ PIECE = 1 << 19
 """Entries of a part, with several threads; with one, a quarter as many, which fit into the cache of a core."""
 WORDS = 1 << 22
 """Entries whose words are drawn at a time. To begin with them takes as long as thousands of them."""
+FEW = 1 << 18
+"""Entries of small tensors that are made together. Their words are drawn for all of them."""
 _PER_BLOCK = counter.BLOCK * laws.PER_WORD
 _rooms = threading.local()
+
+
+class Few(NamedTuple):
+    """Tensors whose entries are made together, and fit into a cache.
+
+    Attributes:
+      tensors, words, entries: which of all.
+      lengths: the entries of a tensor and those of its last block that it does not need, for each tensor.
+    """
+
+    tensors: slice
+    words: slice
+    entries: slice
+    lengths: list[int]
 
 
 class Tables(NamedTuple):
@@ -35,14 +51,13 @@ class Tables(NamedTuple):
       keys_n, block_n: of each block of 128 signs; a tensor's last block may have more than it needs.
       places_T: keys of the words that say where sizes begin.
       number_w: of each word, with the place of its tensor in the matrix (`walsh`).
-      lengths: the entries of a tensor and those of its last block that it does not need, for each tensor.
     """
 
     keys_n: torch.Tensor
     block_n: torch.Tensor
     places_T: torch.Tensor
     number_w: np.ndarray[Any, np.dtype[np.int64]]
-    lengths: list[int]
+    groups: list[Few]
 
 
 def reaches(stream: walsh.Stream | None, *tensors: torch.Tensor) -> bool:
@@ -149,13 +164,20 @@ def tables(streams: list[walsh.Stream], sizes: list[int], device: torch.device) 
         block_n = torch.cat([torch.arange(n) for n in blocks_T])
         word_nw = block_n[:, None] * counter.BLOCK + torch.arange(counter.BLOCK)
     first_n = first_T.repeat_interleave(count_T)
-    return Tables(
-        keys_T.repeat_interleave(count_T),
-        block_n,
-        places_T,
-        (word_nw + first_n[:, None]).flatten().numpy(),
-        [length for n, b in zip(sizes, blocks_T, strict=True) for length in (n, b * _PER_BLOCK - n)],
-    )
+    number_w = (word_nw + first_n[:, None]).flatten().numpy()
+    return Tables(keys_T.repeat_interleave(count_T), block_n, places_T, number_w, _groups(sizes))
+
+
+def _groups(sizes: list[int]) -> list[Few]:
+    groups: list[Few] = []
+    tensors, words, entries, lengths = 0, 0, 0, []
+    for i, n in enumerate(sizes, 1):
+        lengths += [n, -n % _PER_BLOCK]
+        if i == len(sizes) or sum(lengths) + sizes[i] > FEW:
+            ends = i, words + sum(lengths) // laws.PER_WORD, entries + sum(lengths[::2])
+            groups.append(Few(slice(tensors, ends[0]), slice(words, ends[1]), slice(entries, ends[2]), lengths))
+            (tensors, words, entries), lengths = ends, []
+    return groups
 
 
 def add_many(stream: walsh.Stream, shift: float, flat_e: torch.Tensor, tables: Tables) -> None:
@@ -169,19 +191,30 @@ def add_many(stream: walsh.Stream, shift: float, flat_e: torch.Tensor, tables: T
     shift += 0.0  # as in `Directions.add`
     words_w = counter.blocks(tables.keys_n, step, index, tables.block_n).flatten().numpy().astype(np.uint32)
     words_w = stream.signed(words_w, tables.number_w)
-    numbers = (stream.stretch, shift) if stream.places is None else (1.0, 1.0)
+    drawn_T4 = None
+    if stream.places is not None:
+        drawn_T4 = counter.blocks(tables.places_T, step, index, torch.zeros_like(tables.places_T))
+    for few in tables.groups:
+        drawn = None if drawn_T4 is None else laws.places(drawn_T4[few.tensors]).tolist()
+        _add_few(stream.stretch, shift, words_w[few.words], drawn, few.lengths, flat_e[few.entries])
+
+
+def _add_few(
+    stretch: float, shift: float, words_w: counter.Words, places: list[list[int]] | None, lengths: list[int],
+    flat_e: torch.Tensor,
+) -> None:  # fmt: skip
+    numbers = (stretch, shift) if places is None else (1.0, 1.0)
     whole_e = _room("signs", laws.PER_WORD * len(words_w))
     laws.signs(words_w, whole_e.numpy(), *numbers)
-    signs_e = _joined("many signs", whole_e.split(tables.lengths)[::2], flat_e)
-    if stream.places is None:
+    signs_e = _joined("many signs", whole_e.split(lengths)[::2], flat_e)
+    if places is None:
         flat_e.add_(signs_e)
         return
-    table = torch.from_numpy(laws.stretched(stream.stretch, shift))
-    drawn_T4 = counter.blocks(tables.places_T, step, index, torch.zeros_like(tables.places_T))
+    table = torch.from_numpy(laws.stretched(stretch, shift))
     sizes = [
         table[place : place + min(laws.RUN, n - laws.RUN * run)]
-        for n, places in zip(tables.lengths[::2], laws.places(drawn_T4).tolist(), strict=True)
-        for run, place in enumerate(places[: -(-n // laws.RUN)])
+        for n, of_each in zip(lengths[::2], places, strict=True)
+        for run, place in enumerate(of_each[: -(-n // laws.RUN)])
     ]
     flat_e.addcmul_(signs_e, _joined("sizes", sizes, flat_e))
 

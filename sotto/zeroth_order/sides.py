@@ -21,7 +21,7 @@ from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.perturb import Perturbed, Side
 from sotto.zeroth_order.reading import Function, name_of
-from sotto.zeroth_order.small import Small
+from sotto.zeroth_order.small import Group
 
 SMALL = 1 << 22
 """Elements of all sides of a matrix together, up to which they are made at once and multiplied as a batch."""
@@ -43,7 +43,7 @@ class Sides(Perturbed):
         step: int,
         sides: Sequence[Side],
         rows: int,
-        small: Small | None = None,
+        small: Sequence[Group] = (),
     ):
         super().__init__(parameters, directions, step, sides, small)
         self.rows = rows

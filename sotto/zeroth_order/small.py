@@ -18,80 +18,93 @@ from sotto.zeroth_order.walsh import Stream
 
 LARGEST = 1 << 16
 """Elements up to which a tensor is moved with others."""
-GROUP = 1 << 18
-"""Elements that are moved together on a CPU, where more would take room and no less time."""
+GROUP, DEVICE_GROUP = 1 << 20, 1 << 24
+"""Elements that are moved together, on a CPU and elsewhere."""
 
 
-class Small:
-    """Those of a model's tensors that are moved together; none where neither `processor` nor a kernel can do it."""
+class Group:
+    """Small tensors of one type on one device, that lie one after another when they are moved.
+
+    Attributes:
+      names, tensors, sizes: of each.
+      chunk: elements that are moved at once: all of them.
+    """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], directions: Directions):
-        """Chooses them. Their elements may change later, and nothing else about them."""
-        self._directions = directions
-        kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-        for name, p in parameters.items():
-            stream = directions.stream(name, 0, 0) if 0 < p.numel() <= LARGEST else None
-            if _mover(stream, p) is not None:
-                kinds.setdefault((p.device, p.dtype), []).append(name)
-        groups = [group for names in kinds.values() for group in _groups(names, parameters)]
-        self._groups = [_Group(names, [parameters[n] for n in names], directions) for names in groups]
-
-    def room(self) -> Room:
-        """For them at one side; of their size."""
-        return Room(self._directions, self._groups)
-
-
-class Room:
-    """The small tensors at one side, and then at another in the same place."""
-
-    def __init__(self, directions: Directions, groups: list[_Group]):
-        self._directions, self._groups = directions, groups
-        self._flats = [group.empty() for group in groups]
-        self._views = {
-            id(p): part.view(p.shape)
-            for group, flat_e in zip(groups, self._flats, strict=True)
-            for p, part in zip(group.tensors, flat_e.split(group.sizes), strict=True)
-        }
-
-    def moved(self, step: int, k: int, shift: float) -> Mapping[int, torch.Tensor]:
-        """id of a parameter -> the parameter + shift * u, until the next call; of those alone that are moved here."""
-        for group, flat_e in zip(self._groups, self._flats, strict=True):
-            group.move(self._directions.stream(group.first, step, k), shift, flat_e)
-        return self._views
-
-
-def _groups(names: list[str], parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names of tensors of one kind, in their order: on a CPU in several groups."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        p = parameters[name]
-        if p.device.type == "cpu" and size + p.numel() > GROUP:
-            groups, size = [*groups, []], 0
-        groups[-1].append(name)
-        size += p.numel()
-    return [group for group in groups if group]
-
-
-class _Group:
-    """Tensors of one type on one device."""
-
-    def __init__(self, names: list[str], tensors: list[torch.Tensor], directions: Directions):
-        streams = [directions.stream(name, 0, 0) for name in names]
-        self.first, self.tensors, self.sizes = names[0], tensors, [p.numel() for p in tensors]
-        self._mover = _mover(streams[0], tensors[0])
-        fake = isinstance(tensors[0].data, FakeTensor)
-        self._tables = None if fake else self._mover.tables(streams, self.sizes, tensors[0].device)
+        """Their elements may change later, and nothing else about them."""
+        self.names, self.tensors = list(parameters), list(parameters.values())
+        self.sizes, self._directions = [p.numel() for p in self.tensors], directions
+        self.chunk = sum(self.sizes)
+        streams = [directions.stream(name, 0, 0) for name in self.names]
+        self._mover = _mover(streams[0], self.tensors[0])
+        fake = isinstance(self.tensors[0].data, FakeTensor)
+        self._tables = None if fake else self._mover.tables(streams, self.sizes, self.tensors[0].device)
 
     def empty(self) -> torch.Tensor:
         """(e,) a place for them."""
-        return self.tensors[0].detach().new_empty(sum(self.sizes))
+        return self.tensors[0].detach().new_empty(self.chunk)
 
-    def move(self, stream: Any, shift: float, flat_e: torch.Tensor) -> None:
-        """Fills a place with the tensors + shift * u."""
+    def views(self, flat_e: torch.Tensor) -> list[torch.Tensor]:
+        """Of what lies in such a place, each in the shape of its tensor."""
+        return [part.view(p.shape) for part, p in zip(flat_e.split(self.sizes), self.tensors, strict=True)]
+
+    def weights(self) -> torch.Tensor:
+        """(e,) the tensors; `take` gives them what becomes of it."""
+        return self.put(self.empty())
+
+    def put(self, flat_e: torch.Tensor) -> torch.Tensor:
+        """Fills a place with the tensors, and returns it."""
+        return torch.cat([p.detach().reshape(-1) for p in self.tensors], out=flat_e)
+
+    def take(self, flat_e: torch.Tensor) -> None:
+        """Gives the tensors what lies in a place."""
+        torch._foreach_copy_([p.detach() for p in self.tensors], self.views(flat_e))
+
+    def add(self, step: int, k: int, factor: float, flat_e: torch.Tensor, first: int = 0) -> None:
+        """Adds factor * u to what lies in a place; all of it at once."""
+        assert (first, len(flat_e)) == (0, self.chunk)
         if self._tables is not None:  # in a forecast what takes memory is made, and nothing is run
-            torch.cat([p.detach().reshape(-1) for p in self.tensors], out=flat_e)
-            self._mover.add_many(stream, shift, flat_e, self._tables)
+            self._mover.add_many(self._directions.stream(self.names[0], step, k), factor, flat_e, self._tables)
+
+
+class Room:
+    """Small tensors at one side, and then at another in the same place."""
+
+    def __init__(self, groups: list[Group]):
+        self._places = [(group, group.empty()) for group in groups]
+        self._views = {
+            id(p): view
+            for group, flat_e in self._places
+            for p, view in zip(group.tensors, group.views(flat_e), strict=True)
+        }
+
+    def moved(self, step: int, k: int, shift: float) -> Mapping[int, torch.Tensor]:
+        """id of a parameter -> the parameter + shift * u, until the next call; of those alone that are in a group."""
+        for group, flat_e in self._places:
+            group.add(step, k, shift, group.put(flat_e))
+        return self._views
+
+
+def groups(parameters: Mapping[str, torch.Tensor], directions: Directions, exact: bool = False) -> list[Group]:
+    """Groups of those of the parameters that are small, and that `processor` or a kernel can move.
+
+    Args:
+      exact: as for `Directions.add`.
+    """
+    kinds: dict[Any, list[dict[str, torch.Tensor]]] = {}
+    sizes: dict[Any, int] = {}
+    for name, p in parameters.items():
+        stream = directions.stream(name, 0, 0) if 0 < p.numel() <= LARGEST else None
+        mover = _mover(stream, p)
+        if stream is None or mover is None or (exact and mover is not processor and stream.places is not None):
+            continue
+        kind, most = (p.device, p.dtype, directions.part[name]), GROUP if p.device.type == "cpu" else DEVICE_GROUP
+        sizes[kind] = sizes.get(kind, most) + p.numel()
+        if sizes[kind] > most:
+            kinds.setdefault(kind, []).append({})
+            sizes[kind] = p.numel()
+        kinds[kind][-1][name] = p
+    return [Group(some, directions) for found in kinds.values() for some in found]
 
 
 def _mover(stream: Stream | None, tensor: torch.Tensor) -> Any:

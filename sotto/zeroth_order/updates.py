@@ -36,6 +36,7 @@ from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.perturb import DEVICE_BLOCK
 from sotto.zeroth_order.presets import PRESETS, Preset, stage_lengths
 from sotto.zeroth_order.release import NAME
+from sotto.zeroth_order.small import Group, groups
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's own for AdamW
 LOG, START = "log", "start"
@@ -43,11 +44,39 @@ CHUNK = 1 << 20
 """Weights that are updated at a time on a CPU."""
 
 
+class _Single:
+    """A tensor that is moved alone, a chunk at a time; with what a `Group` has."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, directions: Directions):
+        self.names, self._parameter, self._directions = [name], parameter, directions
+        self.chunk = DEVICE_BLOCK if parameter.is_cuda else CHUNK
+
+    def empty(self) -> torch.Tensor:
+        return self._parameter.detach().new_empty(self._parameter.numel())
+
+    def views(self, flat_e: torch.Tensor) -> list[torch.Tensor]:
+        return [flat_e.view(self._parameter.shape)]
+
+    def weights(self) -> torch.Tensor:
+        """(e,) the tensor's own elements."""
+        return self._parameter.detach().view(-1)
+
+    def put(self, flat_e: torch.Tensor) -> torch.Tensor:
+        return flat_e.copy_(self.weights())
+
+    def take(self, flat_e: torch.Tensor) -> None:
+        """Its elements are in the tensor already."""
+
+    def add(self, step: int, k: int, factor: float, flat_e: torch.Tensor, first: int = 0) -> None:
+        self._directions.add(self.names[0], step, k, factor, flat_e, first, flat_e, exact=True)
+
+
 class Updates:
     """Applies releases to the weights, and keeps their log. It has the interface of `sotto.optim.Optimizer`.
 
     Attributes:
       log: a float32 tensor of released numbers for each step so far.
+      state: what the optimizer holds, for weights that are moved together or one that is moved alone.
     """
 
     def __init__(
@@ -73,13 +102,34 @@ class Updates:
                 )  # fmt: skip
             if not p.is_contiguous():  # chunks are of flat elements
                 p.data = p.data.contiguous()
+        together = groups(self.parameters, directions, exact=True)
+        alone = self.parameters.keys() - {name for group in together for name in group.names}
+        single = [_Single(name, p, directions) for name, p in self.parameters.items() if name in alone]
+        self._places: list[Group | _Single] = [*together, *single]
         kinds = ["exp_avg", "exp_avg_sq"] if run.optimizer == "adamw" else ["momentum"] * (run.momentum > 0)
-        self.state = {kind: {n: torch.zeros_like(p) for n, p in self.parameters.items()} for kind in kinds}
-        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if run.ema_decay else {}
         self.preset = preset or PRESETS["aggzo"]
+        self.state = [{kind: place.empty().zero_() for kind in kinds} for place in self._places]
+        self._averages = [place.put(place.empty()) for place in self._places] if run.ema_decay else []
         self.stage_starts = list(itertools.accumulate([0, *stage_lengths(steps, self.preset.stages)[:-1]]))
-        self.anchor = {n: p.detach().clone() for n, p in self.parameters.items()} if self.preset.proximal else {}
+        self._anchor()
         self.log: list[torch.Tensor] = []
+
+    def _anchor(self) -> None:
+        """Here a stage begins."""
+        if self.preset.proximal:
+            for place, held in zip(self._places, self.state, strict=True):
+                if "anchor" not in held:
+                    held["anchor"] = place.empty()
+                place.put(held["anchor"])
+
+    @property
+    def ema(self) -> dict[str, torch.Tensor]:
+        """Name -> moving average of a parameter; empty where there is none."""
+        return {
+            name: view
+            for place, flat_e in zip(self._places, self._averages, strict=bool(self._averages))
+            for name, view in zip(place.names, place.views(flat_e), strict=True)
+        }
 
     def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
         """Applies one release: `update["directions"]` is (K,), of each part. Steps come one after another, from 0."""
@@ -88,30 +138,39 @@ class Updates:
         g_K = update[NAME].detach().float().cpu()
         self.log.append(g_K)
         if step and step in self.stage_starts:
-            self.anchor = {n: self.parameters[n].detach().clone() for n in self.anchor}
+            self._anchor()
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if self._at_once:
-                    weights, (g,) = parameter.view(-1), self._numbers(name, g_K)
-                    self.directions.add(name, step, 0, -self._rate(step) * g, weights, 0, weights, exact=True)
-                    continue
-                flat = {kind: held[name].view(-1) for kind, held in self.state.items()}
-                if self.anchor:
-                    flat["anchor"] = self.anchor[name].view(-1)
-                chunk = DEVICE_BLOCK if parameter.is_cuda else CHUNK
-                for start in range(0, parameter.numel(), chunk):
-                    at = slice(start, min(start + chunk, parameter.numel()))
-                    gradient = self._gradient(name, step, g_K, at, parameter)
-                    self._apply(parameter.view(-1)[at], gradient, {k: x[at] for k, x in flat.items()}, step)
-            decay = min(self.run.ema_decay, (1 + step) / (10 + step))
-            for name, average in self.ema.items():
-                average.add_(self.parameters[name].sub(average).mul_(1 - decay))
+            for i, place in enumerate(self._places):
+                weights_e = place.weights()
+                self._move(place, weights_e, self.state[i], step, self._numbers(place.names[0], g_K))
+                place.take(weights_e)
+                if self._averages:
+                    decay = min(self.run.ema_decay, (1 + step) / (10 + step))
+                    self._averages[i].add_(weights_e.sub(self._averages[i]).mul_(1 - decay))
+
+    def _move(
+        self,
+        place: Group | _Single,
+        weights_e: torch.Tensor,
+        held: dict[str, torch.Tensor],
+        step: int,
+        numbers: list[float],
+    ) -> None:
+        if self._at_once:
+            place.add(step, 0, -self._rate(step) * numbers[0], weights_e)
+            return
+        for start in range(0, len(weights_e), place.chunk):
+            at = slice(start, min(start + place.chunk, len(weights_e)))
+            gradient_e = torch.zeros_like(weights_e[at])
+            for k, g in enumerate(numbers):
+                place.add(step, k, g, gradient_e, start)
+            self._apply(weights_e[at], gradient_e, {kind: flat_e[at] for kind, flat_e in held.items()}, step)
 
     @property
     def _at_once(self) -> bool:
         """Whether a step is one multiple of one direction, which is added to the weights themselves."""
         run = self.run
-        plain = run.optimizer == "sgd" and not run.momentum and not run.weight_decay and not self.anchor
+        plain = run.optimizer == "sgd" and not run.momentum and not run.weight_decay and not self.preset.proximal
         return plain and self.directions.count == 1
 
     def _rate(self, step: int) -> float:
@@ -124,17 +183,10 @@ class Updates:
         mean = math.fsum(numbers) / len(numbers) if self.directions.centred else 0.0
         return [(number - mean) / self.directions.root for number in numbers]
 
-    def _gradient(self, name: str, step: int, g_K: torch.Tensor, at: slice, like: torch.Tensor) -> torch.Tensor:
-        """(e,) elements of the sum of the directions times their numbers."""
-        total = torch.zeros(at.stop - at.start, dtype=like.dtype, device=like.device)
-        for k, g in enumerate(self._numbers(name, g_K)):
-            self.directions.add(name, step, k, g, total, at.start, total, exact=True)
-        return total
-
     def _apply(self, weights: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
         """One chunk. Each line is one operation, so that no device fuses two of them."""
         rate, run = self._rate(step), self.run
-        if self.anchor:
+        if self.preset.proximal:
             gradient.add_(weights.sub(state["anchor"]).mul_(self.preset.proximal))
         if run.optimizer == "adamw":
             if run.weight_decay:
