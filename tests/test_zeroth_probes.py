@@ -139,8 +139,9 @@ class Odd(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         asked = F.linear(self.query, self.weight)
         named = F.linear(input=x, weight=self.weight, bias=self.bias)
+        found = torch.embedding(self.weight, torch.tensor([0, 3])) @ self.query.type(x.dtype).sum(0)
         return torch.cat([asked, named, F.layer_norm(input=named, normalized_shape=(5,), weight=self.bias)]).sum(1) + (
-            F.linear(x, self.none).sum()
+            F.linear(x, self.none).sum() + found.sum()
         )
 
 
@@ -545,6 +546,13 @@ def test_weights_that_the_forward_pass_changes():
             return super().forward(x)
 
     assert code(lambda: small(model=Writes()).differences(INPUTS, 0)) == "SOT654"
+
+    class Sets(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.out.weight[0] = 1.0
+            return super().forward(x)
+
+    assert code(lambda: small(model=Sets()).differences(INPUTS, 0)) == "SOT654"
 
 
 def test_weights_that_are_read_out_of_sight():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,10 @@ class Doubles(Reading):
 
     def __init__(self, model: nn.Module):
         super().__init__(dict(model.named_parameters()))
-        self.asked: list[str] = []
+        self.functions: list[str] = []
 
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.asked.append(func.__name__)
+        self.functions.append(func.__name__)
         return func(*(2 * x if id(x) in self.names else x for x in args), **kwargs)
 
 
@@ -64,7 +65,7 @@ def test_only_functions_that_get_a_parameter_are_asked_about():
     with torch.no_grad(), Doubles(made) as reading:
         made(X).relu().sum().item()
         _ = made[0].weight.shape, F.relu(X), X @ X.T
-    assert [name for name in reading.asked if name != "__get__"] == ["linear", "layer_norm", "linear"]
+    assert [name for name in reading.functions if name != "__get__"] == ["linear", "layer_norm", "linear"]
 
 
 def test_parameters_get_their_own_class_back_and_keep_their_bits():
@@ -94,9 +95,57 @@ def test_a_parameter_of_a_class_that_cannot_be_left_lets_the_others_go(monkeypat
     with pytest.raises(TypeError, match="layout"), Doubles(made):
         pass
     assert kinds_and_bits(made) == before
-    with torch.no_grad(), pytest.raises(AssertionError), Doubles(made[0]), Doubles(made[2]):
+
+
+def test_one_probe_at_a_time():
+    """Two would read as unmoved, or moved twice, what the other has; so a model is left as it is and both say no."""
+    made, caught = model(), []
+    before = kinds_and_bits(made)
+    with torch.no_grad(), pytest.raises(SottoError, match="SOT658"), Doubles(made[0]), Doubles(made[2]):
         pass
     assert kinds_and_bits(made) == before
+
+    def other() -> None:
+        try:
+            with Doubles(made):
+                pass
+        except SottoError as error:
+            caught.append(error.code)
+
+    with torch.no_grad(), Doubles(made):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert caught == ["SOT658"]
+    assert kinds_and_bits(made) == before
+
+
+def test_threads_with_models_of_their_own_leave_compilation_as_it_was():
+    """The first to begin ends first, while the second goes on."""
+    first, second, turn = Doubles(model()), Doubles(model()), [threading.Event() for _ in range(2)]
+
+    def run() -> None:
+        with second:
+            turn[0].set()
+            turn[1].wait(60)
+
+    thread = threading.Thread(target=run)
+    with first:
+        thread.start()
+        turn[0].wait(60)
+    from torch._dynamo import eval_frame
+
+    assert eval_frame._stance.stance == "force_eager"
+    turn[1].set()
+    thread.join()
+    assert eval_frame._stance.stance == "default"
+
+
+def test_copies_that_a_pass_keeps_are_ordinary_ones():
+    made, kept = model(), []
+    with torch.no_grad(), Doubles(made):
+        kept.append(copy.deepcopy(made))
+    assert [type(p) for p in kept[0].parameters()] == [type(p) for p in made.parameters()]
 
 
 def test_another_thread_reads_what_is_there():
@@ -116,7 +165,7 @@ def test_parameters_of_a_forecast_are_read_too():
         before = [type(p) for p in made.parameters()]
         with torch.no_grad(), Doubles(made) as reading:
             assert made(torch.empty(4, 6)).shape == (4, 8)
-        assert reading.asked == ["linear"]
+        assert reading.functions == ["linear"]
         assert [type(p) for p in made.parameters()] == before
 
 
@@ -137,7 +186,7 @@ def test_weights_that_no_function_shows_are_noticed():
     with pytest.raises(SottoError) as caught:
         prober(made, lambda b: scripted(b["x"])[:, 0].square()).check({"x": X})
     assert caught.value.code == "SOT655"
-    assert "no loss changes" in caught.value.what
+    assert "is given a trainable weight" in caught.value.what
 
 
 def test_losses_that_are_a_view_of_a_weight_stay_what_they_were():
@@ -181,20 +230,38 @@ def test_the_function_that_draws_is_named_where_it_is_known():
     assert refused(lambda h: h[torch.randperm(4)]) == "the forward pass"
 
 
-def test_numbers_that_change_no_loss_are_nobodys_business():
+@pytest.mark.parametrize("sides", [1, 2, 4])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_numbers_that_change_no_loss_are_nobodys_business(frozen, sides):
     """Such as those that another thread draws for the next batch."""
-    made = model()
-    expected = prober(made).differences({"x": X}, 0)
+    torch.manual_seed(0)
+    made, x = nn.Sequential(nn.Linear(160, 160), nn.Tanh(), nn.Linear(160, 1)), torch.randn(3, 160)
+    made[0].requires_grad_(not frozen)
 
     def forward(b: Any) -> torch.Tensor:
-        torch.randperm(100)
         return made(b["x"])[:, 0].square()
 
-    assert torch.equal(prober(made, forward).differences({"x": X}, 0), expected)
+    def draws(b: Any) -> torch.Tensor:
+        torch.randperm(100)
+        return forward(b)
+
+    expected = prober(made, forward, sides=sides).differences({"x": x}, 0)
+    assert torch.equal(prober(made, draws, sides=sides).differences({"x": x}, 0), expected)
+
+
+def test_a_generator_of_ones_own_is_seen_before_a_run_begins():
+    made, own = model(), torch.Generator().manual_seed(1)
+
+    def forward(b: Any) -> torch.Tensor:
+        return made(b["x"])[:, 0].square() + 1e-5 * torch.empty(4).normal_(generator=own)
+
+    with pytest.raises(SottoError) as caught:
+        prober(made, forward).check({"x": X})
+    assert (caught.value.code, caught.value.where) == ("SOT651", "normal_")
 
 
 def test_a_pass_that_draws_nothing_runs_once():
     calls: list[int] = []
-    losses = deterministic.run(lambda b: calls.append(1) or torch.tensor([float("nan")]), {}, [torch.device("meta")])
+    losses = deterministic.run(lambda: calls.append(1) or torch.tensor([float("nan")]), [torch.device("meta")])
     assert calls == [1]
     assert losses.isnan().all()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from sotto.errors import SottoError
@@ -64,8 +65,8 @@ def require_no_randomness(func: Function, args: tuple[Any, ...], kwargs: dict[st
         raise _random(name)
 
 
-def run(forward: Callable[[Any], torch.Tensor], batch: Any, devices: Iterable[torch.device]) -> torch.Tensor:
-    """forward(batch), which may not depend on numbers from torch's generators.
+def run(forward: Callable[[], torch.Tensor], devices: Iterable[torch.device]) -> torch.Tensor:
+    """forward(), which may not depend on numbers from torch's default generators.
 
     Whether one was asked is seen from its state, which takes no time. If so, the pass is run again: to say which
     function asks, and as another thread may have asked.
@@ -74,17 +75,19 @@ def run(forward: Callable[[Any], torch.Tensor], batch: Any, devices: Iterable[to
       SottoError: SOT651.
     """
     before = _states(devices)
-    losses = forward(batch)
-    if _states(devices) == before:
+    losses = forward()
+    if _states(devices) == before or isinstance(losses, FakeTensor):
         return losses
-    with _Refusing():
-        again = forward(batch)
+    with Refusing():
+        again = forward()
     if not torch.allclose(losses, again, rtol=0, atol=0, equal_nan=True):
         raise _random("the forward pass")
     return losses
 
 
-class _Refusing(TorchFunctionMode):
+class Refusing(TorchFunctionMode):
+    """Context: a function that draws random numbers is refused, from whichever generator. It takes a while."""
+
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -3,15 +3,16 @@
 Inside `Perturbed`, every torch function that is given one of the parameters gets parameter + shift * direction in its
 place, wherever in the model that happens: in the module that owns it, in another one (tied weights), or in a functional
 call. The moved tensor lives for that one call, so at most one of them exists at a time (all weights of the call where a
-function takes several, as attention does), and of a large linear layer's only a block. Small tensors
-are moved all at once and live for the pass (`small`). An embedding makes only the rows that the batch looks up; a
+function takes several, as attention does), and of a large linear layer's only a block. Small tensors are moved all at
+once, in a place that the next pass takes again (`small`). An embedding makes only the rows that the batch looks up; a
 matrix whose direction has low rank is never made: (W + s U V^T) x = W x + s U (V^T x).
 
 The parameters are read and never written: they are the same objects with the same bits before, during and after. This
 is not so for the usual way (add, subtract twice, add again), which leaves rounding errors in bfloat16 weights.
 
-Limits. A call that torch's function override does not see (a scripted module) would read the unmoved weight:
-`probes.Prober.check` compares such a pass with one under really moved weights before a run begins.
+Limits. What torch does not ask about reads the unmoved weight: scripted modules and functions, `torch.tensor(p)`,
+`x.new_tensor(p)`, `x.data = p`. `probes.Prober.check` compares a pass with one under really moved weights before a run
+begins.
 
 Shape legend: n rows of a table, c its columns, m rows of a matrix, r rank.
 """
@@ -37,6 +38,8 @@ DEVICE_BLOCK = 1 << 24
 """The same on a GPU, which is faster at few large products."""
 ALIGNED = 64
 """Outputs are computed so many at a time, or a multiple: products that begin elsewhere took a fifth longer."""
+
+_WRITES = frozenset(["__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"])
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -69,7 +72,7 @@ class Perturbed(Reading):
         """
         super().__init__(parameters)
         self.directions, self.step, self.sides = directions, step, tuple(sides)
-        self._small = [Room(list(small)) for _ in sides] if small else []
+        self._rooms = [Room(list(small)) for _ in sides] if small else []
         self._made: dict[Side, Mapping[int, torch.Tensor]] = {}
         self._room: torch.Tensor | None = None
 
@@ -79,15 +82,16 @@ class Perturbed(Reading):
         return self
 
     def __enter__(self) -> Self:
-        pairs = zip(self._small, self.sides, strict=bool(self._small))
-        self._made = {side: room.moved(self.step, side.k, side.shift) for room, side in pairs}
+        if self._rooms:
+            pairs = zip(self._rooms, self.sides, strict=True)
+            self._made = {side: room.moved(self.step, side.k, side.shift) for room, side in pairs}
         return super().__enter__()
 
     def answer(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if only_about(func, args, kwargs):
             return func(*args, **kwargs)
         written, name = self.names.get(id(args[0])) if args else None, name_of(func)
-        if written and (name == "__set__" or (name.endswith("_") and not name.startswith("_"))):
+        if written and (name in _WRITES or (name.endswith("_") and not name.startswith("_"))):
             raise _writes(written)
         return self.replace(func, args, kwargs)
 
@@ -104,7 +108,7 @@ class Perturbed(Reading):
 
     def one_side(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], side: Side) -> Any:
         """The function with every parameter among its arguments moved to this side."""
-        if name_of(func) == "embedding":
+        if func is F.embedding:
             return self._embedding(func, side, *args, **kwargs)
         if func is F.linear:
             return self.linear(side, *args, **kwargs)

@@ -30,19 +30,18 @@ Shape legend: B examples, U units, K directions of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from sotto.errors import SottoError
 from sotto.gradients.rows import Rows
 from sotto.privacy.events import check_number
-from sotto.zeroth_order.deterministic import require_deterministic, run
+from sotto.zeroth_order.deterministic import Refusing, require_deterministic, run
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side
@@ -81,7 +80,8 @@ class Prober:
 
         Args:
           model: in evaluation mode, or without dropout.
-          forward: batch -> (B,) losses, one for each row, in float32 or better.
+          forward: batch -> (B,) losses, one for each row, in float32 or better. What it keeps of the weights that it
+            read is overwritten by the next pass.
           directions: for exactly the trainable parameters of the model.
           smoothing: lambda, how far the weights are moved along a direction; 0 for derivatives.
           sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`). 1 with smoothing 0.
@@ -195,28 +195,33 @@ class Prober:
     def _pass(self, batch: Batch, moved: Perturbed, prefix: Prefix | None) -> list[torch.Tensor]:
         """(B,) float64 losses for each side. Their own: a view of a moved weight would move with it."""
         repeats, rows = len(moved.sides), _rows(batch)
-        with prefix.replay(repeats) if prefix is not None else nullcontext(), moved:
-            if repeats > 1:
-                batch = {name: x.expand(repeats, *x.shape).flatten(0, 1) for name, x in batch.items()}
-            losses = run(self.forward, batch, self._devices)
+        if repeats > 1:
+            batch = {name: x.expand(repeats, *x.shape).flatten(0, 1) for name, x in batch.items()}
+
+        def forward() -> torch.Tensor:
+            with prefix.replay(repeats) if prefix is not None else nullcontext(), moved:
+                return self.forward(batch)
+
+        losses = run(forward, self._devices)
         return list(_per_example(losses, repeats * rows).to(torch.float64, copy=True).chunk(repeats))
 
     def _derivatives(
         self, batch: Batch, rows: int, tangents: Tangents, prefix: Prefix | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,) float64 losses, and their derivatives along a direction."""
-        with ExitStack() as stack:
-            if prefix is not None:
-                stack.enter_context(prefix.replay(1))
-            read = stack.enter_context(derivatives())
-            with tangents:
-                losses = _per_example(run(self.forward, batch, self._devices), rows)
+
+        def forward() -> torch.Tensor:
+            with prefix.replay(1) if prefix is not None else nullcontext(), tangents:
+                return _per_example(self.forward(batch), rows)
+
+        with derivatives() as read:
+            losses = run(forward, self._devices)
             return forward_ad.unpack_dual(losses).primal.double(), read(losses).double()
 
     # ---- what has to hold
 
     def check(self, batch: Batch, step: int = 0) -> None:
-        """Runs a batch under weights moved by `CHECK_SHIFT` in four ways, which have to agree.
+        """Runs a batch under weights moved by `CHECK_SHIFT` in several ways, which have to agree.
 
         As the probes do it (prefix and sides included); with the weights really replaced (one more copy of the
         trainable weights, for this once); and a few rows alone. This finds losses that are averaged over the batch,
@@ -224,15 +229,19 @@ class Prober:
         Derivatives are compared as well, with those of duals that are really put in the place of the weights.
 
         Raises:
-          SottoError: SOT652, the loss is not one number per example, or depends on the other rows; SOT655, the passes
-            differ.
+          SottoError: SOT651, a function draws random numbers; SOT652, the loss is not one number per example, or
+            depends on the other rows; SOT655, the passes differ, or no function is given a trainable weight.
         """
         rows, shift, all_ = _rows(batch), max(self.smoothing, CHECK_SHIFT), self.parameters
         points = [Side(0, shift), Side(0, -shift)][: self.sides]
         with torch.no_grad():
             prefix = self._prefix(all_, batch)
             fast = self._losses(batch, step, points, all_, prefix)[0]
-            plain = self._losses(batch, step, points[:1], all_, None)[0]
+            context = self._context(all_, step, points[:1], rows)
+            with Refusing():
+                (plain,) = self._pass(batch, context, None)
+            if not context.asked:
+                raise _unread()
             moved = Perturbed(all_, self.directions, step, points[:1])
             really = {name: moved.moved(p, points[0]) for name, p in all_.items()}
             truth = _per_example(self._forward_with(really, batch), rows).double()
@@ -243,9 +252,6 @@ class Prober:
                 self._require_same(plain[row : row + 1], same, _coupled())
             self._require_same(truth, plain, _differ("one perturbed weight at a time"))
             self._require_same(truth, fast, _differ("the kept prefix or several sides at once"))
-            still = self._losses(batch, step, [Side(0, 0.0)], all_, None)[0]
-            if not isinstance(plain, FakeTensor) and torch.equal(plain, still):  # a forecast moves nothing
-                raise _unmoved()
             if self.smoothing == 0:
                 self._check_derivatives(batch, rows, Tangents(all_, self.directions, step, 0), prefix)
 
@@ -327,11 +333,11 @@ def _coupled() -> SottoError:
     )  # fmt: skip
 
 
-def _unmoved() -> SottoError:
+def _unread() -> SottoError:
     return SottoError(
-        "SOT655", what="no loss changes when all trainable weights are moved", where="zeroth_order.probes",
+        "SOT655", what="no function of the forward pass is given a trainable weight", where="zeroth_order.probes",
         why="every direction would say zero, and the steps would be noise alone",
-        fix="train weights that the loss depends on, in the model that it is computed with (and no scripted copy)",
+        fix="train weights of the model that the loss is computed with, and no scripted copy of it",
     )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def masks(model: nn.Module, parameters: Mapping[str, nn.Parameter], keep: float)
 
     Args:
       model: with its untrained weights; it is left as it is.
-      parameters: the trainable parameters; entries of score zero, through which nothing flows, come last.
+      parameters: the trainable parameters; entries of score zero, through which nothing flows, come last. All of a
+        matrix of zeros are kept besides.
     """
     scores = {name: score.flatten() for name, score in _scores(model, parameters).items()}
     new = [name for name, p in parameters.items() if _is_new(p)]

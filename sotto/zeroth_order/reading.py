@@ -9,7 +9,7 @@ stay what they were.
 from __future__ import annotations
 
 import functools
-import sys
+import threading
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+
+from sotto.errors import SottoError
 
 Function = Callable[..., Any]
 
@@ -39,7 +41,6 @@ _ABOUT = frozenset(
         "get_device",
         "is_pinned",
         "is_same_size",
-        "type",
         "__len__",
         "__hash__",
         "__repr__",
@@ -80,7 +81,7 @@ def found_in(values: Iterable[Any], ids: Container[int]) -> list[int]:
 def only_about(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call that gets a tensor asks for its shape, type or the like, and for none of its elements."""
     name = name_of(func)
-    if name == "__get__":
+    if name in ("__get__", "type"):
         return not isinstance(func(*args, **kwargs), torch.Tensor)  # .shape against .data and .T
     return name in _ABOUT
 
@@ -95,18 +96,42 @@ def reads_values(
     return [] if not found or only_about(func, args, kwargs) else found
 
 
+class _Uncompiled:
+    """Context, for any number of threads at once: what `torch.compile` made runs as it was written.
+
+    It has no way to compile what belongs to another class for a while.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._within, self._stack = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                self._stack.close()
+
+
 class Reading:
     """Context: `answer` is run in the place of each torch function that gets one of the parameters.
 
-    One at a time in a thread. Other threads that run the model meanwhile get what torch would have given them. What was
-    compiled with `torch.compile` runs uncompiled.
+    One at a time in a thread, and one at a time of a parameter. Other threads that run the model meanwhile get what
+    torch would have given them. What `torch.compile` made runs uncompiled.
 
     Attributes:
       names: id of a parameter -> its name.
+      asked: whether any function was answered yet.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]):
         self.names = {id(p): name for name, p in parameters.items()}
+        self.asked = False
         self._tensors = list(parameters.values())
         self._stack = ExitStack()
 
@@ -115,15 +140,20 @@ class Reading:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        assert _entered.get() is None, "a reading inside another"
+        """
+        Raises:
+          SottoError: SOT658, one of the parameters, or this thread, is within such a context already.
+        """
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # it has no way to compile what belongs to another class for a while
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_uncompiled)
+            with _belonging:
+                kinds = [type(p) for p in self._tensors]
+                if _entered.get() is not None or any(issubclass(kind, _Watched) for kind in kinds):
+                    raise _twice()
+                stack.callback(self._belong, kinds)
+                self._belong([_watched(kind) for kind in kinds])
             stack.callback(_entered.set, None)
             _entered.set(self)
-            kinds = [type(p) for p in self._tensors]
-            stack.callback(self._belong, kinds)
-            self._belong([_watched(kind) for kind in kinds])
             self._stack = stack.pop_all()
         return self
 
@@ -135,18 +165,41 @@ class Reading:
         self._stack.close()
 
 
+_uncompiled, _belonging = _Uncompiled(), threading.Lock()
 _entered: ContextVar[Reading | None] = ContextVar("the reading of this thread", default=None)
 
 
+class _Watched:
+    """Marks the classes that `_watched` makes."""
+
+
 @functools.cache
-def _watched(kind: type) -> type:
+def _watched(kind: Any) -> type:
     """A subclass of a class of tensors, of which torch asks who answers."""
 
     def ask(
         cls: type, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        reading = _entered.get()
+        if reading is None:
+            return kind.__torch_function__(func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            reading = _entered.get()
-            return func(*args, **(kwargs or {})) if reading is None else reading.answer(func, args, kwargs or {})
+            reading.asked = True
+            return reading.answer(func, args, kwargs or {})
 
-    return type(kind.__name__, (kind,), {"__torch_function__": classmethod(ask)})
+    def copy(self: Any, memo: Any) -> Any:
+        copied = kind.__deepcopy__(self, memo)
+        copied.__class__ = kind  # the copy stays when the pass has ended
+        return copied
+
+    return type(kind.__name__, (kind, _Watched), {"__torch_function__": classmethod(ask), "__deepcopy__": copy})
+
+
+def _twice() -> SottoError:
+    return SottoError(
+        "SOT658",
+        what="a model is probed within a probe of it, or by two threads at once",
+        where="zeroth_order.reading",
+        why="each would read the weights as the other moved them",
+        fix="probe a model in one thread, and no other model in its forward pass; or give each thread a copy",
+    )

@@ -125,11 +125,12 @@ class Updates:
     @property
     def ema(self) -> dict[str, torch.Tensor]:
         """Name -> moving average of a parameter; empty where there is none."""
-        return {
+        found = {
             name: view
-            for place, flat_e in zip(self._places, self._averages, strict=bool(self._averages))
+            for place, flat_e in zip(self._places if self._averages else [], self._averages, strict=True)
             for name, view in zip(place.names, place.views(flat_e), strict=True)
         }
+        return {name: found[name] for name in self.parameters if found}
 
     def step(self, update: Mapping[str, torch.Tensor], step: int) -> None:
         """Applies one release: `update["directions"]` is (K,), of each part. Steps come one after another, from 0."""
