@@ -9,8 +9,8 @@ them orthogonal, if `--law` does not say another law (`sphere` is that of the pr
 Each row has a process of its own.
 Memory is the high-water mark of a step (probes and update) above the built model; time is CPU seconds (with several
 threads those of a clock, on CUDA the device's), of the probes and of the whole step, against two plain forward passes
-of the same batch with the same loss for each direction, or one where differences are centred (several directions); such
-a pass is timed beside each step.
+of the same batch (with the logits of all tokens, as the model's own loss takes them) for each direction, or one where
+differences are centred (several directions); such a pass is timed beside each step.
 `--shape narrow --batch 2 --length 8` shows what a pass takes before anything is computed.
 `sides`: so many moved models in one pass. `top`: the last layer's weights alone are trained; the time to compare is
 that of the frozen layers once and of the last one once or twice for each direction. Weights in bfloat16 are probed and
@@ -60,7 +60,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
     from sotto.config import MethodSection, RunSection
     from sotto.gradients.clipping import Flat
-    from sotto.losses import forward_losses
+    from sotto.losses import forward_losses, look_at_head
     from sotto.models.trainable import prepare
     from sotto.zeroth_order.directions import Directions
     from sotto.zeroth_order.engine import ZerothOrder
@@ -89,8 +89,14 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         return forward_losses(model, dict(inputs), task)
 
     def plain() -> None:
+        """The logits of all tokens, and one loss over them, as the model's own loss does it."""
         with torch.no_grad():
-            forward(batch)
+            logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+            wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if task == "generation" else labels
+            torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), wanted.flatten(), reduction="none")
+
+    if task == "generation":
+        look_at_head(model, torch.device(args.device))
 
     update: Any = lambda: None  # noqa: E731
     if kind == "plain":

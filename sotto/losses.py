@@ -49,13 +49,26 @@ def forward_losses(model: nn.Module, batch: dict[str, torch.Tensor], task: str) 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if task == "classification":
         return classification(model(**inputs).logits, batch["labels"])
-    head = _frozen_head(model, inputs) if torch.is_grad_enabled() else None
+    head = _frozen_head(model, inputs)
     if head is None:
         return _language(model(**inputs).logits, batch["labels"], overwrite=True)
     hidden_BTd = _without_head(model, head, inputs)
     assert hidden_BTd is not None
     targets_BT = _next(batch["labels"])
+    if not torch.is_grad_enabled():
+        return _through(head, hidden_BTd, targets_BT)
     return _FrozenHead.apply(hidden_BTd, head.weight, head.bias, targets_BT)  # type: ignore[no-any-return]
+
+
+def look_at_head(model: nn.Module, device: torch.device) -> None:
+    """Finds out whether the logits of a language model are what its output layer gives, by a pass of one token.
+
+    Losses without gradients take no logits from then on, if that layer is frozen. They could not ask themselves: within
+    a pass that somebody watches there is no place for another.
+    """
+    token: Any = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.enable_grad():
+        _frozen_head(model, {"input_ids": token, "attention_mask": torch.ones_like(token)})
 
 
 def classification(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
@@ -65,9 +78,30 @@ def classification(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Ten
 def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) next-token losses, zero where no loss is taken, and the (B,) number of tokens that count."""
     targets = _next(labels_BT)
-    logits = _float32_or_better(logits_BTV)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(targets.shape), (targets != IGNORED).sum(1)
+    logits_NV = logits_BTV.flatten(0, 1)
+    whole = torch.is_grad_enabled() and logits_NV.requires_grad
+    step = max(1, len(logits_NV) if whole else CHUNK // logits_NV.shape[1])
+    pairs = zip(logits_NV.split(step), targets.flatten().split(step), strict=True)
+    losses_N = torch.cat([_cross_entropy(*pair) for pair in pairs])
+    return losses_N.view(targets.shape), (targets != IGNORED).sum(1)
+
+
+def _cross_entropy(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(_float32_or_better(logits_nV), targets_n, ignore_index=IGNORED, reduction="none")
+
+
+def _through(head: nn.Linear, hidden_BTd: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """(B,) mean losses of what enters the output layer, without gradients; other tokens need no logits at all."""
+    _, counts_B1 = _weights(targets_BT)
+    hidden_Nd, targets_N = hidden_BTd.flatten(0, 1), targets_BT.flatten()
+    counting = torch.nonzero(targets_N != IGNORED).flatten()
+    found = [
+        _cross_entropy(F.linear(hidden_Nd[at_n], head.weight, head.bias), targets_N[at_n])
+        for at_n in counting.split(max(1, 8 * CHUNK // len(head.weight)))
+    ]
+    losses_n = torch.cat(found)
+    losses_N = losses_n.new_zeros(targets_N.shape).index_copy(0, counting, losses_n)
+    return (losses_N.view(targets_BT.shape) / counts_B1).sum(1)
 
 
 def language(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -201,6 +235,8 @@ def _frozen_head(model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Linear
     if any(p.requires_grad for p in head.parameters()):
         return None
     if model not in _heads_as_they_are:
+        if not torch.is_grad_enabled():
+            return None
         first = {name: value[:1] for name, value in inputs.items()}
         devices = [head.weight.device] if head.weight.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):

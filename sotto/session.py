@@ -32,7 +32,7 @@ from sotto.federated.server import Decoding
 from sotto.federated.shares import Divided
 from sotto.gradients.clipping import CLIPPINGS, Adaptive, Clipping, Unclipped
 from sotto.gradients.engine import Engine, attach
-from sotto.losses import autocast, forward_losses
+from sotto.losses import autocast, forward_losses, look_at_head
 from sotto.metrics import no_tensorboard
 from sotto.models import load as models_load
 from sotto.models.activation_cache import ActivationCache
@@ -147,6 +147,8 @@ def make_engine(
 
 def losses_along(model: torch.nn.Module, config: Config, device: torch.device) -> Callable[[Batch], torch.Tensor]:
     """From a batch to its (B,) losses, for probes."""
+    if config.data.task == "generation":
+        look_at_head(model, device)
 
     def forward(batch: Batch) -> torch.Tensor:
         with autocast(config, device):

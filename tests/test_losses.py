@@ -178,6 +178,37 @@ def test_a_frozen_head_takes_no_logits_of_tokens_without_a_loss(monkeypatch: pyt
     assert sum(seen) == 5
 
 
+@pytest.mark.parametrize("chunk", [1, 20, 1 << 20])
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", AFTER)
+def test_losses_without_gradients(monkeypatch: pytest.MonkeyPatch, name: str, frozen: bool, looked: bool, chunk: int):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    model, (_, labels) = Reads(AFTER[name]), batch()
+    model.head.requires_grad_(not frozen)
+    ids = labels.clamp(min=0)
+    if looked:
+        losses.look_at_head(model, torch.device("cpu"))
+    rows: list[int] = []
+    with torch.no_grad():
+        wanted = reference(model(ids).logits, labels)
+        right = F.linear
+        monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x[..., 0].numel()) or right(x, *rest))
+        found = losses.forward_losses(model, {"input_ids": ids, "labels": labels}, "generation")
+    torch.testing.assert_close(found, wanted)
+    lean = looked and frozen and name in ("as_it_is", "float")
+    assert sum(rows[1:]) == (5 if lean else ids.numel()), "the body, and then the head: of tokens with a loss alone"
+    assert "forward" not in model.head.__dict__
+    with torch.no_grad():
+        nothing = {"input_ids": ids, "labels": torch.full_like(labels, losses.IGNORED)}
+        assert not losses.forward_losses(model, nothing, "generation").any()
+
+
+class Reads(Tiny):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SimpleNamespace:
+        return super().forward(input_ids)
+
+
 def test_a_head_with_a_hook_or_another_forward_is_left_alone() -> None:
     model, (_, labels) = Tiny(), batch()
     model.head.requires_grad_(False)

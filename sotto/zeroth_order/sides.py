@@ -96,10 +96,11 @@ def _linear(mode: Sides, input: torch.Tensor, weight: Any, bias: Any = None) -> 
     parts = _split(mode, input)
     low_rank = name is not None and mode.directions.is_low_rank(name)
     if name is not None and not low_rank and len(mode.sides) * weight.numel() > SMALL:
-        return torch.cat(
-            [F.linear(x, mode.moved(weight, s), mode.moved(bias, s)) for s, x in zip(mode.sides, parts, strict=True)]
-        )
-    x_Sxc = torch.stack([x.reshape(-1, x.shape[-1]) for x in parts])
+        return torch.cat([mode.linear(s, x, weight, bias) for s, x in zip(mode.sides, parts, strict=True)])
+    if len(input) == len(mode.sides) * mode.rows:  # they lie one after another, and need no copy
+        x_Sxc = input.reshape(len(mode.sides), -1, input.shape[-1])
+    else:
+        x_Sxc = torch.stack([x.reshape(-1, x.shape[-1]) for x in parts])
     if name is None or low_rank:
         out_Sxm = F.linear(x_Sxc, weight)
         if low_rank:
