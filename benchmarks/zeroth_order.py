@@ -86,7 +86,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def forward(inputs: Any) -> torch.Tensor:
-        return forward_losses(model, dict(inputs), task)
+        return forward_losses(model, dict(inputs), task, in_rows=kind != "sides")
 
     def plain() -> None:
         """The logits of all tokens, and one loss over them, as the model's own loss does it."""

@@ -23,6 +23,8 @@ from sotto.config import Config
 IGNORED = -100
 CHUNK = 1 << 20
 """Logits that are worked on at once: few enough to stay in a processor's cache."""
+WORDS, DEVICE_WORDS = 1 << 21, 1 << 26
+"""Weights of the output layer that are worked on at once, on a CPU and elsewhere."""
 
 # Nodes of the graph that do not keep what they gave, so that it may be overwritten, and nodes that only view it.
 # Overwriting what is kept would not be silent: autograd raises when it meets another version of a tensor.
@@ -39,17 +41,18 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def forward_losses(model: nn.Module, batch: dict[str, torch.Tensor], task: str) -> torch.Tensor:
+def forward_losses(model: nn.Module, batch: dict[str, torch.Tensor], task: str, in_rows: bool = False) -> torch.Tensor:
     """Runs the model and returns (B,) losses.
 
     Args:
       batch: `input_ids`, `attention_mask` (B, T), optionally `token_type_ids`, and `labels`: (B,) classes, or (B, T)
         tokens with -100 where no loss is taken.
+      in_rows: without gradients, whether the weight of a trained output layer may be asked for some rows at a time.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if task == "classification":
         return classification(model(**inputs).logits, batch["labels"])
-    head = _frozen_head(model, inputs)
+    head = _plain_head(model, inputs, trained=in_rows and not torch.is_grad_enabled())
     if head is None:
         return _language(model(**inputs).logits, batch["labels"], overwrite=True)
     hidden_BTd = _without_head(model, head, inputs)
@@ -63,12 +66,12 @@ def forward_losses(model: nn.Module, batch: dict[str, torch.Tensor], task: str) 
 def look_at_head(model: nn.Module, device: torch.device) -> None:
     """Finds out whether the logits of a language model are what its output layer gives, by a pass of one token.
 
-    Losses without gradients take no logits from then on, if that layer is frozen. They could not ask themselves: within
-    a pass that somebody watches there is no place for another.
+    Losses without gradients need no logits as a whole from then on. They could not ask themselves: within a pass that
+    somebody watches there is no place for another.
     """
     token: Any = torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.enable_grad():
-        _frozen_head(model, {"input_ids": token, "attention_mask": torch.ones_like(token)})
+        _plain_head(model, {"input_ids": token, "attention_mask": torch.ones_like(token)}, trained=True)
 
 
 def classification(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
@@ -93,15 +96,31 @@ def _cross_entropy(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> torch.Te
 def _through(head: nn.Linear, hidden_BTd: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """(B,) mean losses of what enters the output layer, without gradients; other tokens need no logits at all."""
     _, counts_B1 = _weights(targets_BT)
-    hidden_Nd, targets_N = hidden_BTd.flatten(0, 1), targets_BT.flatten()
+    targets_N = targets_BT.flatten()
     counting = torch.nonzero(targets_N != IGNORED).flatten()
-    found = [
-        _cross_entropy(F.linear(hidden_Nd[at_n], head.weight, head.bias), targets_N[at_n])
-        for at_n in counting.split(max(1, 8 * CHUNK // len(head.weight)))
-    ]
-    losses_n = torch.cat(found)
+    losses_n = _token_losses_through(head, hidden_BTd.flatten(0, 1)[counting], targets_N[counting])
     losses_N = losses_n.new_zeros(targets_N.shape).index_copy(0, counting, losses_n)
     return (losses_N.view(targets_BT.shape) / counts_B1).sum(1)
+
+
+def _token_losses_through(head: nn.Linear, hidden_nd: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+    """(n,) losses; of the logits some words at a time, so that each weight is read once."""
+    words, d = head.weight.shape
+    weights, logits = (DEVICE_WORDS, 32 * CHUNK) if hidden_nd.is_cuda else (WORDS, 8 * CHUNK)
+    step = max(1, min(weights // d, logits // max(1, len(hidden_nd))))
+    step -= step % 64 if step > 64 else 0  # products that begin elsewhere take longer
+    most_n = hidden_nd.new_full(targets_n.shape, -torch.inf, dtype=torch.float32)
+    sum_n = wanted_n = torch.zeros_like(most_n)
+    for start in range(0, words, step):
+        at = slice(start, min(start + step, words))
+        bias_w = None if head.bias is None else head.bias[at]
+        logits_nw = _float32_or_better(F.linear(hidden_nd, head.weight[at], bias_w))
+        before_n, most_n = most_n, torch.maximum(most_n, logits_nw.detach().amax(1))
+        sum_n = sum_n * (before_n - most_n).exp() + (logits_nw - most_n[:, None]).exp().sum(1)
+        inside_n = (targets_n >= at.start) & (targets_n < at.stop)
+        place_n1 = (targets_n - at.start).clamp(0, at.stop - at.start - 1)[:, None]
+        wanted_n = torch.where(inside_n, logits_nw.gather(1, place_n1)[:, 0], wanted_n)
+    return most_n + sum_n.log() - wanted_n
 
 
 def language(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -222,8 +241,8 @@ class _FrozenHead(torch.autograd.Function):
         return _times(gradient_BTd, grads[0]), None, None, None
 
 
-def _frozen_head(model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Linear | None:
-    """The model's output layer, if it is a frozen linear layer whose output the model returns as it is.
+def _plain_head(model: nn.Module, inputs: dict[str, torch.Tensor], trained: bool) -> nn.Linear | None:
+    """The model's output layer, if it is a linear layer whose output the model returns as it is; frozen, or any.
 
     Some families scale or cap their logits. That is found out once for each model, on the first example.
     """
@@ -232,7 +251,7 @@ def _frozen_head(model: nn.Module, inputs: dict[str, torch.Tensor]) -> nn.Linear
     hooked = isinstance(head, nn.Module) and (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
     if type(head) is not nn.Linear or hooked or "forward" in head.__dict__:
         return None
-    if any(p.requires_grad for p in head.parameters()):
+    if not trained and any(p.requires_grad for p in head.parameters()):
         return None
     if model not in _heads_as_they_are:
         if not torch.is_grad_enabled():

@@ -152,7 +152,7 @@ def losses_along(model: torch.nn.Module, config: Config, device: torch.device) -
 
     def forward(batch: Batch) -> torch.Tensor:
         with autocast(config, device):
-            return forward_losses(model, dict(batch), config.data.task)
+            return forward_losses(model, dict(batch), config.data.task, in_rows=config.method.zeroth_sides == 1)
 
     return forward
 

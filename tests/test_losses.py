@@ -181,8 +181,11 @@ def test_a_frozen_head_takes_no_logits_of_tokens_without_a_loss(monkeypatch: pyt
 @pytest.mark.parametrize("chunk", [1, 20, 1 << 20])
 @pytest.mark.parametrize("looked", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("in_rows", [False, True])
 @pytest.mark.parametrize("name", AFTER)
-def test_losses_without_gradients(monkeypatch: pytest.MonkeyPatch, name: str, frozen: bool, looked: bool, chunk: int):
+def test_losses_without_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: str, in_rows: bool, frozen: bool, looked: bool, chunk: int
+) -> None:
     monkeypatch.setattr(losses, "CHUNK", chunk)
     model, (_, labels) = Reads(AFTER[name]), batch()
     model.head.requires_grad_(not frozen)
@@ -194,14 +197,31 @@ def test_losses_without_gradients(monkeypatch: pytest.MonkeyPatch, name: str, fr
         wanted = reference(model(ids).logits, labels)
         right = F.linear
         monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x[..., 0].numel()) or right(x, *rest))
-        found = losses.forward_losses(model, {"input_ids": ids, "labels": labels}, "generation")
+        found = losses.forward_losses(model, {"input_ids": ids, "labels": labels}, "generation", in_rows)
     torch.testing.assert_close(found, wanted)
-    lean = looked and frozen and name in ("as_it_is", "float")
-    assert sum(rows[1:]) == (5 if lean else ids.numel()), "the body, and then the head: of tokens with a loss alone"
+    lean = looked and (frozen or in_rows) and name in ("as_it_is", "float")
+    assert set(rows[1:]) == {5 if lean else ids.numel()}, "the body, and then the head: of tokens with a loss alone"
     assert "forward" not in model.head.__dict__
     with torch.no_grad():
         nothing = {"input_ids": ids, "labels": torch.full_like(labels, losses.IGNORED)}
-        assert not losses.forward_losses(model, nothing, "generation").any()
+        assert not losses.forward_losses(model, nothing, "generation", in_rows).any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_losses_without_gradients_of_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
+    """In whichever part of the vocabulary: their own example has no number, and the others have theirs."""
+    monkeypatch.setattr(losses, "CHUNK", 1)
+    model, (ids, labels) = Reads(), (torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    losses.look_at_head(model, torch.device("cpu"))
+    with torch.no_grad():
+        wanted = losses.forward_losses(model, {"input_ids": ids, "labels": labels}, "generation", in_rows=True)
+        model.embed.weight[4] = bad
+        model.body.weight.abs_()
+        found = losses.forward_losses(model, {"input_ids": ids, "labels": labels}, "generation", in_rows=True)
+    assert wanted.isfinite().all()
+    assert found[0].isfinite()
+    if bad != bad:
+        assert not found[1].isfinite()
 
 
 class Reads(Tiny):

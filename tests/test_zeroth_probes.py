@@ -10,15 +10,18 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from sotto import losses
 from sotto.errors import SottoError
 from sotto.models.side import SideOptions, add_side
 from sotto.zeroth_order import perturb
 from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import LAWS as KINDS
 from sotto.zeroth_order.law import Law
 from sotto.zeroth_order.perturb import Perturbed, Side
 from sotto.zeroth_order.probes import Prober, trainable
+from sotto.zeroth_order.tangents import Tangents
 
 KEY = "00ff" * 8
 ROWS, TOKENS = 5, 7
@@ -160,6 +163,31 @@ def test_rare_calls_read_moved_weights_too(law, dtype):
             found = model(x)
         torch.testing.assert_close(found, other(x), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, model(x))
+
+
+@pytest.mark.parametrize("law", [*(Law(kind) for kind in KINDS), Law("gaussian", 2), "mask", "classes"], ids=str)
+def test_rows_of_a_weight_are_those_of_the_moved_weight(law):
+    """Of which no more is made."""
+    torch.manual_seed(6)
+    weights = {"w": nn.Parameter(torch.randn(9, 300)), "b": nn.Parameter(torch.randn(9))}
+    masks = {"w": torch.rand(9, 300) < 0.5} if law == "mask" else {}
+    shapes = {name: p.shape for name, p in weights.items()}
+    made = Directions(
+        KEY, shapes, 2, law if isinstance(law, Law) else Law("gaussian"), masks, ["w"] * (law == "classes")
+    )
+    with torch.no_grad():
+        expected = {name: p + 0.25 * made.tensor(name, 7, 1) for name, p in weights.items()}
+        for rows in (slice(2, 5), slice(None), slice(-3, None), slice(5, 2), slice(0, 9, 2), slice(4, 100)):
+            for name, p in weights.items():
+                with Perturbed(weights, made, 7, [Side(1, 0.25)]):
+                    found = p[rows]
+                torch.testing.assert_close(found, expected[name][rows], rtol=1e-6, atol=1e-6)
+                with forward_ad.dual_level():
+                    with Tangents(weights, made, 7, 1):
+                        dual = forward_ad.unpack_dual(p[rows])
+                    assert torch.equal(dual.primal, p[rows])
+                    assert dual.tangent is not None
+                    torch.testing.assert_close(dual.tangent, made.tensor(name, 7, 1)[rows], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["layers", "parts of a layer"])

@@ -19,6 +19,7 @@ Shape legend: n rows of a table, c its columns, m rows of a matrix, r rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -114,6 +115,8 @@ class Perturbed(Reading):
             return self.linear(side, *args, **kwargs)
         if func is torch.addmm and len(args) == 3 and not kwargs and self.name(args[1]) is None:
             return self._addmm(side, *args)
+        if name_of(func) == "__getitem__" and isinstance(args[1], slice) and self.made(args[0], side) is None:
+            return self.some_rows(args[0], args[1], side)
         return func(*self._move_all(args, side), **self._move_all(kwargs, side))
 
     def _move_all(self, value: Any, side: Side) -> Any:
@@ -145,6 +148,15 @@ class Perturbed(Reading):
         """Fills `target` with the moved elements of a parameter from number `first` on."""
         source = value.detach().reshape(-1)[first : first + target.numel()]
         self.directions.add(name, self.step, side.k, side.shift, source, first, target)
+
+    def some_rows(self, value: torch.Tensor, rows: slice, side: Side) -> torch.Tensor:
+        """A slice of the parameter along its first axis, at this side; no more of it is made."""
+        start, stop, step = rows.indices(len(value))
+        if step != 1:
+            return self.moved(value, side)[rows]
+        out = value.detach().new_empty(max(0, stop - start), *value.shape[1:])
+        self._move(self.names[id(value)], value, side, start * math.prod(value.shape[1:]), out.view(-1))
+        return out
 
     def linear(self, side: Side, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         name, input = self.names.get(id(weight)), self.moved(input, side)

@@ -14,6 +14,7 @@ Shape legend: B examples, n rows of a table, c its columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,15 @@ class Tangents(Perturbed):
             return value
         u = self.directions.tensor(name, self.step, side.k, value.device)
         return forward_ad.make_dual(value.detach(), u.to(value.dtype))
+
+    def some_rows(self, value: torch.Tensor, rows: slice, side: Side) -> torch.Tensor:
+        (start, stop, step), size = rows.indices(len(value)), math.prod(value.shape[1:])
+        if step != 1:
+            return self.moved(value, side)[rows]
+        name, stop = self.names[id(value)], max(start, stop)
+        u = self.directions.slice(name, self.step, side.k, start * size, stop * size, value.device)
+        part = value.detach()[start:stop]
+        return forward_ad.make_dual(part, u.view(part.shape).to(part.dtype))
 
     def moved_rows(self, name: str, table: torch.Tensor, rows_n: torch.Tensor, side: Side) -> torch.Tensor:
         u_nc = self.directions.rows(name, self.step, side.k, rows_n)
