@@ -116,10 +116,10 @@ def _token_losses_through(head: nn.Linear, hidden_nd: torch.Tensor, targets_n: t
         bias_w = None if head.bias is None else head.bias[at]
         logits_nw = _float32_or_better(F.linear(hidden_nd, head.weight[at], bias_w))
         before_n, most_n = most_n, torch.maximum(most_n, logits_nw.detach().amax(1))
-        sum_n = sum_n * (before_n - most_n).exp() + (logits_nw - most_n[:, None]).exp().sum(1)
         inside_n = (targets_n >= at.start) & (targets_n < at.stop)
         place_n1 = (targets_n - at.start).clamp(0, at.stop - at.start - 1)[:, None]
         wanted_n = torch.where(inside_n, logits_nw.gather(1, place_n1)[:, 0], wanted_n)
+        sum_n = sum_n * (before_n - most_n).exp() + logits_nw.sub_(most_n[:, None]).exp_().sum(1)
     return most_n + sum_n.log() - wanted_n
 
 
