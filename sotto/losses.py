@@ -2,9 +2,12 @@
 
 The logits of a language model, (B, T, V), are the largest tensor of a training step, and the usual loss makes three
 more of their size. Here they turn into their own gradient in place; where the output layer is frozen, they are made,
-used and dropped a few tokens at a time (as Hsu et al. 2024, arXiv 2410.10989, do for the batch's mean loss).
+used and dropped a few tokens at a time (as Hsu et al. 2024, arXiv 2410.10989, do for the batch's mean loss). Without
+gradients they are made some words of the vocabulary at a time, and a running sum is kept (as Wijmans et al. 2024, arXiv
+2411.09009): so each weight of the output layer is read once, which matters where it is moved for that.
 
-Shape legend: B examples, T tokens, V vocabulary, d features, N tokens of all examples, n of one chunk.
+Shape legend: B examples, T tokens, V vocabulary, d features, N tokens of all examples, n of one chunk or with a loss,
+w words of one chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from sotto.config import Config
 IGNORED = -100
 CHUNK = 1 << 20
 """Logits that are worked on at once: few enough to stay in a processor's cache."""
-WORDS, DEVICE_WORDS = 1 << 21, 1 << 26
+WORDS, DEVICE_WORDS = 1 << 21, 1 << 24
 """Weights of the output layer that are worked on at once, on a CPU and elsewhere."""
 
 # Nodes of the graph that do not keep what they gave, so that it may be overwritten, and nodes that only view it.
@@ -83,7 +86,8 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tuple[tor
     targets = _next(labels_BT)
     logits_NV = logits_BTV.flatten(0, 1)
     whole = torch.is_grad_enabled() and logits_NV.requires_grad
-    step = max(1, len(logits_NV) if whole else CHUNK // logits_NV.shape[1])
+    most = 32 * CHUNK if logits_NV.is_cuda else CHUNK
+    step = max(1, len(logits_NV) if whole else most // logits_NV.shape[1])
     pairs = zip(logits_NV.split(step), targets.flatten().split(step), strict=True)
     losses_N = torch.cat([_cross_entropy(*pair) for pair in pairs])
     return losses_N.view(targets.shape), (targets != IGNORED).sum(1)
