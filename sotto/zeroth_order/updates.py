@@ -259,9 +259,8 @@ class Updates:
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, p in self.parameters.items():
             digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-            digest.update(
-                p.detach().cpu().contiguous().view(-1).numpy().view("uint8")
-            )  # a copy could be the peak of a run
+            bytes_n = p.detach().cpu().contiguous().view(-1).numpy().view("uint8")
+            digest.update(bytes_n.data)  # not a copy, which could be the peak of a run
         return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
