@@ -3,7 +3,7 @@
     python benchmarks/zeroth_order.py [--shape opt-1.3b] [--batch 8] [--length 128] [--probes 1] [--probes 4]
                                       [--trained lora] [--law sphere] [--dtype bfloat16] [--device cuda] [--memory]
 
-A causal model (or a RoBERTa-large-shaped classifier) with random weights, all of them trained; with `--trained lora`
+A causal model (or a classifier of RoBERTa's kind) with random weights, all of them trained; with `--trained lora`
 adapters of rank 8 instead, with `low_rank` all weights along directions of rank 1. Directions are signs, several of
 them orthogonal, if `--law` does not say another law (`sphere` is that of the preset dpzero, `gaussian` that of dpzo).
 Each row has a process of its own.
@@ -12,9 +12,9 @@ threads those of a clock, on CUDA the device's), of the probes and of the whole 
 of the same batch (with the logits of all tokens, as the model's own loss takes them) for each direction, or one where
 differences are centred (several directions); such a pass is timed beside each step.
 `--shape narrow --batch 2 --length 8` shows what a pass takes before anything is computed.
-`sides`: so many moved models in one pass. `top`: the last layer's weights alone are trained; the time to compare is
-that of the frozen layers once and of the last one once or twice for each direction. Weights in bfloat16 are probed and
-not updated, which a run refuses. `--memory`: no times.
+`sides`: up to so many moved models in one pass, by the time of one after another, in turns with it. `top`: the last
+layer's weights alone are trained; the time to compare is that of the frozen layers once and of the last one once or
+twice for each direction. Weights in bfloat16 are probed and not updated, which a run refuses. `--memory`: no times.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ SHAPES: dict[str, dict[str, int]] = {
                  "vocab_size": 50272, "word_embed_proj_dim": 768},
     "narrow": {"hidden_size": 64, "num_hidden_layers": 24, "ffn_dim": 128, "num_attention_heads": 4,
                "vocab_size": 1000, "word_embed_proj_dim": 64},
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12,
+               "vocab_size": 30522, "max_position_embeddings": 514},
     "roberta-large": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096,
                       "num_attention_heads": 16, "vocab_size": 50265, "max_position_embeddings": 514},
 }  # fmt: skip
@@ -49,7 +51,7 @@ def build(shape: str) -> tuple[Any, str]:
     from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
-    if shape == "roberta-large":
+    if shape in ("minilm", "roberta-large"):
         return RobertaForSequenceClassification(RobertaConfig(**SHAPES[shape], num_labels=2)).eval(), "classification"
     # Without keys and values of past tokens, as a run loads its model.
     return OPTForCausalLM(OPTConfig(**SHAPES[shape], use_cache=False)).eval(), "generation"
@@ -58,6 +60,7 @@ def build(shape: str) -> tuple[Any, str]:
 def child(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from sotto.allocator import keep_freed_memory
     from sotto.config import MethodSection, RunSection
     from sotto.gradients.clipping import Flat
     from sotto.losses import forward_losses, look_at_head
@@ -69,6 +72,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     from sotto.zeroth_order.release import NAME
     from sotto.zeroth_order.updates import Updates
 
+    keep_freed_memory()  # as a run does; not where memory is measured, whose environment says otherwise
     torch.set_num_threads(args.threads)
     torch.set_default_dtype(getattr(torch, args.dtype))  # built in that type: never twice in memory
     with torch.device(args.device):
@@ -86,7 +90,10 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def forward(inputs: Any) -> torch.Tensor:
-        return forward_losses(model, dict(inputs), task, in_rows=kind != "sides")
+        return forward_losses(model, dict(inputs), task, in_rows=True)
+
+    def repeated(inputs: Any) -> torch.Tensor:
+        return forward_losses(model, dict(inputs), task)
 
     def plain() -> None:
         """The logits of all tokens, and one loss over them, as the model's own loss does it."""
@@ -107,9 +114,11 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         law = low_rank if args.trained == "low_rank" else Law("orthogonal" if int(count) > 1 else "rademacher")
         law = Law(args.law) if args.law else law
         directions = Directions("00" * 16, shapes, int(count), law, centred=int(count) > 1)
-        sides = args.sides if kind == "sides" else 1
-        engine = ZerothOrder(model, forward, directions, Flat(1.0), sides=sides)
+        alone = ZerothOrder(model, forward, directions, Flat(1.0))
+        engine = ZerothOrder(model, repeated, directions, Flat(1.0), sides=args.sides) if kind == "sides" else alone
         run = lambda: engine.clipped_sum(batch, None, 0)  # noqa: E731
+        if kind == "sides":
+            plain = lambda: alone.clipped_sum(batch, None, 0)  # noqa: E731
     if kind != "plain" and args.dtype == "float32":
         asked = RunSection(expected_batch_size=args.batch, steps=1000, optimizer="sgd", learning_rate=1e-6)
         updates = Updates(engine.parameters, directions, asked, 1000)
@@ -186,9 +195,10 @@ def main() -> None:
         timed = found if inside else measured(name, args, False)
         probes, step = statistics.median(timed["probes"][1:]), statistics.median(timed["step"][1:])
         pass_seconds = probes if kind == "plain" else statistics.median(timed["plain"][1:])
-        passes = (int(count) if int(count) > 1 else 1 + int(count)) * pass_seconds
+        passes = 1 if kind == "sides" else int(count) if int(count) > 1 else 1 + int(count)
+        passes *= pass_seconds
         print(f"| {kind} | {count} | {peak:.0f} | {peak / base['peak']:.2f} | {probes / passes:.2f} ({probes:.3g} s) "
-              f"| {step / passes:.2f} |", flush=True)  # fmt: skip
+              f"| {'' if kind == 'sides' else f'{step / passes:.2f}'} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import typer
 import typer.core as typer_core
 
 from sotto import begun
+from sotto.allocator import keep_freed_memory
 from sotto.errors import SottoError
 from sotto.federated.cli import app as federated_app
 from sotto.rundir import find_run
@@ -39,6 +40,7 @@ INTERRUPTED = 130
 def main() -> None:
     """Runs the command line; errors that a user can cause are printed without a traceback."""
     begun.clear()
+    keep_freed_memory()
     try:
         # Typer turns Ctrl-C into an exit code that it returns, or, in older releases, into an exception of its own.
         if app(standalone_mode=False) == INTERRUPTED:

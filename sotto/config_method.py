@@ -76,7 +76,8 @@ class MethodSection(Section):
     zeroth_noise: Literal["gaussian", "laplace"] = "gaussian"
     """`laplace` gives pure epsilon-DP, with delta 0: for few steps and few directions."""
     zeroth_sides: Count = 1
-    """How many perturbed models run in one forward pass: 1, or an even number, for that many times the activations."""
+    """How many perturbed models run in one forward pass: 1, or an even number, for that many times the activations.
+    On a CPU fewer, or one, where a pass is too large to gain from it; memory is planned for all of them."""
     clipping: Literal["flat", "automatic", "adaptive"] = "flat"
     """`flat`: scale down to clip_norm. `automatic`: normalise every unit to clip_norm (AUTO-S); nothing to tune.
     `adaptive`: flat, from clip_norm on, with a threshold that follows a quantile of the norms."""

@@ -269,6 +269,7 @@ class _Run:
         self.engine = session.make_engine(model, config, device, "")
         if isinstance(self.engine, ZerothOrder):
             self.engine.prober.directions.__class__ = _NoDirections
+            self.engine.prober.width = None  # which rows are followed must not tell how many sides a pass takes
         self.optimizer = session.make_optimizer(self.engine, config)
         recorder.assign([self.optimizer.ema, getattr(self.optimizer, "state", None)], "optimizer")
         plan: Any = SimpleNamespace(

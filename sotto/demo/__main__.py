@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sotto.allocator import keep_freed_memory
 from sotto.commands import Run, evaluate, plan
 from sotto.config import Config
 from sotto.demo.messages import INTENTS, generate, split_by_customer, write_csv
@@ -79,6 +80,7 @@ def train_and_score(config: Config) -> tuple[Run, float, float]:
 
 
 def main() -> None:
+    keep_freed_memory()
     os.environ.setdefault("SOTTO_LEDGER_DIR", str(FOLDER / "ledger"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     console.print("[bold]1. The data[/]: synthetic messages of bank customers (nobody's real text)")

@@ -175,28 +175,35 @@ class Perturbed(Reading):
     ) -> torch.Tensor:
         """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
-        blocks = max(1, -(-weight.numel() // (DEVICE_BLOCK if weight.is_cuda else BLOCK)))
-        rows = -(-m // blocks)  # of one size, as a product of few outputs takes longer than its share
-        rows += -rows % ALIGNED if rows > ALIGNED else 0
-        if weight.is_cuda and rows >= m:
+        rows = _rows_at_once(weight)
+        if rows >= m and weight.is_cuda:
             return F.linear(input, self.moved(weight, side), bias)
-        room = self._room_of(weight, min(rows, m) * c)
         if rows >= m:
+            room = self._room_of(weight, m * c)
             self._move(name, weight, side, 0, room)
             return F.linear(input, room.view(m, c), bias)
-        autocast = torch.is_autocast_enabled(input.device.type)
-        kind = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
+        kind = kind_of(input)
         out_nm = input.new_empty(input.numel() // c, m, dtype=kind)
-        x_nc = input.reshape(-1, c).to(kind)
+        self.linear_into(out_nm, side, input.reshape(-1, c).to(kind), weight, bias)
+        return out_nm.view(*input.shape[:-1], m)
+
+    def linear_into(
+        self, out_nm: torch.Tensor, side: Side, x_nc: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Fills `out_nm` with x W^T + bias, for a perturbed W and a bias that is moved already."""
+        m, c = weight.shape
+        made, kind = self.made(weight, side), out_nm.dtype
+        rows = _rows_at_once(weight) if made is None else m
+        room = self._room_of(weight, min(rows, m) * c) if made is None else made.reshape(-1)
         for start in range(0, m, rows):
             at = slice(start, min(start + rows, m))
             moved_rc = room[: (at.stop - start) * c].view(-1, c)
-            self._move(name, weight, side, start * c, moved_rc.view(-1))
+            if made is None:
+                self._move(self.names[id(weight)], weight, side, start * c, moved_rc.view(-1))
             if bias is None:
                 torch.mm(x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
             else:
                 torch.addmm(bias[at].to(kind), x_nc, moved_rc.t().to(kind), out=out_nm[:, at])
-        return out_nm.view(*input.shape[:-1], m)
 
     def _addmm(self, side: Side, bias: Any, x_nc: torch.Tensor, weight_cm: Any) -> torch.Tensor:
         """Bias + x W, as GPT-2 calls it; of a large matrix some inputs at a time, where adding up loses nothing."""
@@ -254,6 +261,19 @@ class Perturbed(Reading):
         """(n, c) some rows of a table at this side."""
         found_nc = F.embedding(rows_n, table.detach())  # which refuses numbers below zero; an index counts from the end
         return found_nc.add(self.directions.rows(name, self.step, side.k, rows_n), alpha=side.shift).to(table.dtype)
+
+
+def kind_of(x: torch.Tensor) -> torch.dtype:
+    """The type in which a product of this tensor is made."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _rows_at_once(weight: torch.Tensor) -> int:
+    """Outputs of a linear layer that are computed at once; of one size, as few take longer than their share."""
+    blocks = max(1, -(-weight.numel() // (DEVICE_BLOCK if weight.is_cuda else BLOCK)))
+    rows = max(1, -(-len(weight) // blocks))
+    return rows + (-rows % ALIGNED if rows > ALIGNED else 0)
 
 
 def _writes(what: str) -> SottoError:

@@ -55,6 +55,10 @@ Forward = Callable[[Batch], torch.Tensor]
 CHECK_SHIFT = 1e-2
 """How far the check moves the weights: a classifier that starts at zero gives all examples one loss until then."""
 
+WIDEST = 1 << 20
+"""Elements of the widest tensor of a pass up to which several sides share it on a CPU. Beyond, what they share is lost
+again: it does not stay near the processor, and its memory comes page by page (benchmarks/RESULTS.md)."""
+
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _CHECKED_ROWS = 3
 
@@ -64,6 +68,8 @@ class Prober:
 
     Attributes:
       parameters: name -> the tensors that are perturbed: all that require a gradient; shared ones once.
+      width: the most numbers that a layer of the model gives for a token, which limits the sides of a pass; None on a
+        GPU, where nothing does.
     """
 
     def __init__(
@@ -84,7 +90,8 @@ class Prober:
             read is overwritten by the next pass.
           directions: for exactly the trainable parameters of the model.
           smoothing: lambda, how far the weights are moved along a direction; 0 for derivatives.
-          sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`). 1 with smoothing 0.
+          sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`), or on a CPU fewer where
+            a pass is large enough to be no faster for it (`WIDEST`). 1 with smoothing 0.
           reuse_prefix: compute what lies below the first trainable weight once per batch.
 
         Raises:
@@ -104,6 +111,7 @@ class Prober:
         require_deterministic(model)
         self._scopes: dict[tuple[str, ...], _Scope] = {}
         self._devices = {p.device for p in model.parameters()}
+        self.width = _width(model) if all(d.type == "cpu" for d in self._devices) else None
 
     # ---- the numbers
 
@@ -178,19 +186,27 @@ class Prober:
         """(B,) float64 losses at each point, `sides` of them in a pass."""
         found: list[torch.Tensor] = []
         context: Perturbed | None = None
-        for start in range(0, len(points), self.sides):
-            sides = points[start : start + self.sides]
+        together = self._together(batch)
+        for start in range(0, len(points), together):
+            sides = points[start : start + together]
             if context is None or len(sides) != len(context.sides):
-                context = self._context(moved, step, sides, _rows(batch))
+                context = self._context(moved, step, sides, batch)
             found += self._pass(batch, context.at(sides), prefix)
         return found
 
-    def _context(self, moved: Mapping[str, nn.Parameter], step: int, sides: Sequence[Side], rows: int) -> Perturbed:
+    def _together(self, batch: Batch) -> int:
+        """How many sides a pass takes: `sides`, or on a CPU as many as gain something there."""
+        if self.width is None or self.sides == 1:
+            return self.sides
+        fitting = WIDEST // (self.width * max(1, *(x.numel() for x in batch.values())))
+        return max(1, min(self.sides, fitting - fitting % 2))
+
+    def _context(self, moved: Mapping[str, nn.Parameter], step: int, sides: Sequence[Side], batch: Batch) -> Perturbed:
         """In which a pass takes these sides, or as many others."""
         small = self._scope(moved).small
         if len(sides) == 1:
             return Perturbed(moved, self.directions, step, sides, small)
-        return Sides(moved, self.directions, step, sides, rows, small)
+        return Sides(moved, self.directions, step, sides, batch, small)
 
     def _pass(self, batch: Batch, moved: Perturbed, prefix: Prefix | None) -> list[torch.Tensor]:
         """(B,) float64 losses for each side. Their own: a view of a moved weight would move with it."""
@@ -237,7 +253,7 @@ class Prober:
         with torch.no_grad():
             prefix = self._prefix(all_, batch)
             fast = self._losses(batch, step, points, all_, prefix)[0]
-            context = self._context(all_, step, points[:1], rows)
+            context = self._context(all_, step, points[:1], batch)
             with Refusing():
                 (plain,) = self._pass(batch, context, None)
             if not context.asked:
@@ -299,6 +315,15 @@ class _Holder(nn.Module):
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> trainable parameter; one that several modules share has its first name only."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _width(model: nn.Module) -> int:
+    """The most numbers that a layer gives or takes for a token, but for a frozen output layer: some words at a time."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    frozen = head is not None and not any(p.requires_grad for p in head.parameters())
+    layers = (m for m in model.modules() if not isinstance(m, nn.Embedding) and not (frozen and m is head))
+    return max((max(p.shape) for m in layers for p in m.parameters(recurse=False) if p.dim() == 2), default=1)
 
 
 def _rows(batch: Batch) -> int:

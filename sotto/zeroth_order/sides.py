@@ -19,12 +19,13 @@ import torch.nn.functional as F
 
 from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
-from sotto.zeroth_order.perturb import Perturbed, Side
+from sotto.zeroth_order.perturb import Batch, Perturbed, Side, kind_of
 from sotto.zeroth_order.reading import Function, name_of
 from sotto.zeroth_order.small import Group
 
-SMALL = 1 << 22
-"""Elements of all sides of a matrix together, up to which they are made at once and multiplied as a batch."""
+SMALL, CPU_SMALL = 1 << 22, 1 << 18
+"""Elements of all sides of a matrix together, up to which they are made at once and multiplied as a batch: on a GPU,
+and on a CPU, where to bring more of them together takes longer than to begin with each."""
 
 _ELEMENTWISE = frozenset(["mul", "__mul__", "__rmul__", "add", "__add__", "__radd__", "sub", "__sub__"])
 
@@ -34,6 +35,7 @@ class Sides(Perturbed):
 
     Attributes:
       rows: R, the rows of one side.
+      lengths: of what is split into sides: R, and where rows are laid one after another what they come to.
     """
 
     def __init__(
@@ -42,11 +44,18 @@ class Sides(Perturbed):
         directions: Directions,
         step: int,
         sides: Sequence[Side],
-        rows: int,
+        batch: Batch,
         small: Sequence[Group] = (),
     ):
+        """Prepares a pass.
+
+        Args:
+          batch: of one side.
+          parameters, directions, step, sides, small: as for `Perturbed`.
+        """
         super().__init__(parameters, directions, step, sides, small)
-        self.rows = rows
+        self.rows = max(len(x) for x in batch.values())
+        self.lengths = {self.rows} | {x.shape[:n].numel() for x in batch.values() for n in range(1, x.dim() + 1)}
 
     def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function for all sides at once.
@@ -78,11 +87,16 @@ def _no_rule(name: str) -> SottoError:
 
 
 def _split(mode: Sides, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows of each side. A tensor with one row that all rows share (positions) is the same for every side."""
+    """The rows of each side. A tensor with one row that all rows share (positions) is the same for every side.
+
+    Nothing else than the batch's own lengths is split: tokens that a model selects need not lie side after side, and
+    then an example's loss would depend on what others select.
+    """
     sides, rows = len(mode.sides), mode.rows
     if x.dim() == 0 or (x.shape[0] == 1 and sides * rows > 1):
         return (x.expand(rows, *x.shape[1:]) if x.dim() else x,) * sides
-    if x.shape[0] % (sides * rows):
+    length, rest = divmod(x.shape[0], sides)
+    if rest or length not in mode.lengths:
         raise _no_rule(f"an input of shape {tuple(x.shape)}")
     return x.chunk(sides)
 
@@ -95,12 +109,14 @@ def _linear(mode: Sides, input: torch.Tensor, weight: Any, bias: Any = None) -> 
     name = mode.name(weight)
     parts = _split(mode, input)
     low_rank = name is not None and mode.directions.is_low_rank(name)
-    if name is not None and not low_rank and len(mode.sides) * weight.numel() > SMALL:
-        return torch.cat([mode.linear(s, x, weight, bias) for s, x in zip(mode.sides, parts, strict=True)])
     if len(input) == len(mode.sides) * mode.rows:  # they lie one after another, and need no copy
         x_Sxc = input.reshape(len(mode.sides), -1, input.shape[-1])
     else:
         x_Sxc = torch.stack([x.reshape(-1, x.shape[-1]) for x in parts])
+    small = SMALL if input.is_cuda else CPU_SMALL
+    if name is not None and not low_rank and len(mode.sides) * weight.numel() > small:
+        out_Sxm = _one_after_another(mode, x_Sxc, weight, bias)
+        return out_Sxm.view(-1, *parts[0].shape[1:-1], out_Sxm.shape[-1])
     if name is None or low_rank:
         out_Sxm = F.linear(x_Sxc, weight)
         if low_rank:
@@ -111,6 +127,14 @@ def _linear(mode: Sides, input: torch.Tensor, weight: Any, bias: Any = None) -> 
     if bias is not None:
         out_Sxm = out_Sxm + torch.stack([mode.moved(bias, s) for s in mode.sides])[:, None].to(out_Sxm.dtype)
     return out_Sxm.reshape(-1, *parts[0].shape[1:-1], out_Sxm.shape[-1])
+
+
+def _one_after_another(mode: Sides, x_Sxc: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+    kind = kind_of(x_Sxc)
+    out_Sxm = x_Sxc.new_empty(*x_Sxc.shape[:2], len(weight), dtype=kind)
+    for side, x_xc, out_xm in zip(mode.sides, x_Sxc, out_Sxm, strict=True):
+        mode.linear_into(out_xm, side, x_xc.to(kind), weight, mode.moved(bias, side))
+    return out_Sxm
 
 
 def _low_rank(mode: Sides, name: str, x_Sxc: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""Several sides in a pass: how many a pass takes, and that no row of one is taken for a row of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from sotto import losses
+from sotto.errors import SottoError
+from sotto.zeroth_order import perturb, probes, sides
+from sotto.zeroth_order.directions import Directions
+from sotto.zeroth_order.law import Law
+from sotto.zeroth_order.probes import Prober, trainable
+
+IDS = torch.randint(5, tiny_models.VOCAB, (3, 7), generator=torch.Generator().manual_seed(2))
+
+
+def prober(model: nn.Module, forward: Any, count: int = 4, law: Law | None = None, **others: Any) -> Prober:
+    shapes = {name: p.shape for name, p in trainable(model).items()}
+    return Prober(model, forward, Directions("00ff" * 8, shapes, count, law, centred=True), **others)
+
+
+def opt() -> nn.Module:
+    """Lays the tokens of all rows one after another in its MLP."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    return OPTForCausalLM(OPTConfig(**sizes, vocab_size=tiny_models.VOCAB, num_hidden_layers=2, num_attention_heads=4))
+
+
+def language(kind: str, count: int = 4, law: Law | None = None, **others: Any) -> Prober:
+    model = (opt() if kind == "opt" else tiny_models.build(kind)).eval().double()
+
+    def forward(batch: Any) -> torch.Tensor:
+        return losses.forward_losses(model, dict(batch), "generation")
+
+    return prober(model, forward, count, law, **others)
+
+
+def texts(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = IDS[:rows, :length]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+# ---- the products
+
+
+@pytest.mark.parametrize("law", [Law("rademacher"), Law("gaussian"), Law("orthogonal")], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("block", [13, 1 << 21])
+def test_large_matrices_are_multiplied_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, kind: str, law: Law, block: int
+):
+    expected = language(kind, 4, law).differences(texts(3, 7), 1)
+    monkeypatch.setattr(sides, "CPU_SMALL", 0)
+    monkeypatch.setattr(perturb, "BLOCK", block)
+    found = language(kind, 4, law, sides=4).differences(texts(3, 7), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 18])
+def test_products_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch, small: int):
+    monkeypatch.setattr(sides, "CPU_SMALL", small)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 300, bias=False), nn.Linear(300, 1))
+    batch, kinds = {"x": torch.randn(5, 6)}, set()
+
+    def forward(batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(batch["x"])
+        kinds.add(out.dtype)
+        return out[:, 0].float().square()
+
+    one, four = (prober(model, forward, smoothing=0.1, sides=n).differences(batch, 0) for n in (1, 4))
+    assert kinds == {torch.bfloat16}
+    torch.testing.assert_close(four, one, rtol=3e-2, atol=3e-2)
+
+
+# ---- how many
+
+
+def rows_of_passes(p: Prober, batch: dict[str, torch.Tensor]) -> list[int]:
+    rows, forward = [], p.forward
+    p.reuse_prefix = False
+    p.forward = lambda b: rows.append(len(b["input_ids"])) or forward(b)
+    p.differences(batch, 0)
+    return rows
+
+
+def test_on_a_cpu_a_pass_takes_as_many_as_gain_something(monkeypatch: pytest.MonkeyPatch):
+    p = language("llama", 8, sides=8)
+    widest = max(max(w.shape) for w in p.parameters.values())
+    assert widest == tiny_models.VOCAB, "a trained output layer gives that many numbers for each token"
+    assert rows_of_passes(p, texts(3, 7)) == [24]
+    for most, expected in [(8, [24]), (7, [18, 6]), (4, [12, 12]), (2, [6] * 4), (1, [3] * 8), (0, [3] * 8)]:
+        monkeypatch.setattr(probes, "WIDEST", most * widest * 3 * 7)
+        assert rows_of_passes(language("llama", 8, sides=8), texts(3, 7)) == expected
+    monkeypatch.setattr(probes, "WIDEST", 4 * widest * 3 * 7)
+    assert rows_of_passes(language("llama", 8, sides=8), texts(1, 7)) == [8], "a smaller batch leaves room for more"
+
+
+def test_of_a_frozen_output_layer_few_words_exist_at_a_time():
+    p = language("llama", 2, sides=2)
+    assert p.width == tiny_models.VOCAB
+    p.model.get_output_embeddings().weight.requires_grad_(False)  # type: ignore[operator]
+    inner = max(max(m.weight.shape) for n, m in p.model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    assert probes._width(p.model) == inner < tiny_models.VOCAB
+
+
+# ---- whose row is whose
+
+
+class Selects(nn.Module):
+    """A layer that gets half of all tokens, as an expert does: of whichever side, but a number that can be divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert, self.out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x_BTc: torch.Tensor) -> torch.Tensor:
+        h_Nd = self.first(x_BTc).flatten(0, 1)
+        chosen = h_Nd[:, 0].argsort()[: len(h_Nd) // 2]
+        h_Nd = h_Nd.index_copy(0, chosen, self.expert(h_Nd[chosen]))
+        return self.out(h_Nd).view(len(x_BTc), -1).square().mean(1)
+
+
+def test_tokens_that_a_model_selects_belong_to_no_side():
+    """Else a text's loss would depend on what others select."""
+    torch.manual_seed(0)
+    model, x = Selects().double(), torch.randn(8, 4, 3).double()
+    with pytest.raises(SottoError) as caught:
+        prober(model, lambda b: model(b["x"]), sides=4).differences({"x": x}, 0)
+    assert caught.value.code == "SOT653"
+    assert "(64, 6)" in caught.value.what
+
+
+def test_tokens_one_after_another_are_the_rows_they_come_from():
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Embedding(11, 6), nn.Flatten(0, 1), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)),
+        IDS % 11,
+    )
+    model.double()
+
+    def forward(batch: Any) -> torch.Tensor:
+        return model(batch["x"]).view(len(batch["x"]), -1).square().mean(1)
+
+    one, four = (prober(model, forward, sides=n).differences({"x": x}, 0) for n in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-6, atol=1e-6)
