@@ -10,8 +10,10 @@ noise and updates are those of `sotto train`, and so is the plan. `aggzo` has on
 `passes / 2`. `dpzero` is tried at several rates, `aggzo` at its default one; `--rate` tries others. `laplace` is
 `aggzo` with Laplace noise at pure epsilon 4.
 
-The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv and ag_news/test.csv, of which a
-tenth is held out. `--write` writes a task's train.csv, eval.csv and recipe to a folder, for `benchmarks/methods.py`.
+The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv, and ag_news/test.csv,
+movie_review_sentences/all.csv, shakespeare/by_speaker.jsonl and pii/synth_dataset_v2.json, of which each tenth or
+eighth row is held out. `--write` writes a task's train.csv, eval.csv and recipe to a folder, for
+`benchmarks/methods.py`.
 `--draw 1` takes other texts, and as many held-out ones from what is left of the training file: to choose a rate on.
 """
 
@@ -19,11 +21,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import random
 import secrets
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -72,10 +76,35 @@ def sst5(folder: Path) -> tuple[Rows, Rows]:
 def ag_news(folder: Path) -> tuple[Rows, Rows]:
     with open(folder / "ag_news" / "test.csv", newline="", encoding="utf-8") as file:
         rows: Rows = [(f"{row[1]} {row[2]}", row[0]) for row in csv.reader(file) if row[0].isdigit()]
-    return [r for i, r in enumerate(rows) if i % 10], rows[::10]
+    return _apart(rows, 10)
 
 
-TASKS = {"sst2": sst2, "sst5": sst5, "ag_news": ag_news, "rte": rte}
+def movies(folder: Path) -> tuple[Rows, Rows]:
+    with open(folder / "movie_review_sentences" / "all.csv", newline="", encoding="utf-8") as file:
+        return _apart([(row["text"], row["label"]) for row in csv.DictReader(file)], 10)
+
+
+def speakers(folder: Path) -> tuple[Rows, Rows]:
+    """Which of the six who speak most in Shakespeare's plays says this."""
+    with open(folder / "shakespeare" / "by_speaker.jsonl", encoding="utf-8") as file:
+        most = sorted((json.loads(line) for line in file), key=lambda one: -one["n"])[:6]
+    return _apart([(text.replace("\n", " "), one["speaker"]) for one in most for text in one["speeches"]], 8)
+
+
+def entities(folder: Path) -> tuple[Rows, Rows]:
+    """Of which kind the first personal detail of a synthetic text is; the six most frequent ones."""
+    found = json.loads((folder / "pii" / "synth_dataset_v2.json").read_text(encoding="utf-8"))
+    rows = [(one["full_text"], one["spans"][0]["entity_type"]) for one in found if one["spans"]]
+    kinds = {kind for kind, _ in Counter(kind for _, kind in rows).most_common(6)}
+    return _apart([row for row in rows if row[1] in kinds], 8)
+
+
+def _apart(rows: Rows, every: int) -> tuple[Rows, Rows]:
+    return [r for i, r in enumerate(rows) if i % every], rows[::every]
+
+
+TASKS = {"sst2": sst2, "sst5": sst5, "ag_news": ag_news, "rte": rte, "movies": movies, "speakers": speakers,
+         "entities": entities}  # fmt: skip
 
 
 def few(rows: Rows, each: int, draw: int = 0) -> tuple[Rows, Rows]:
