@@ -14,10 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sotto.errors import SottoError
-from sotto.zeroth_order import deterministic
+from sotto.zeroth_order import deterministic, probes
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.probes import Prober, trainable
 from sotto.zeroth_order.reading import Reading
+from sotto.zeroth_order.small import groups
 
 KEY = "0" * 32
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -265,3 +266,29 @@ def test_a_pass_that_draws_nothing_runs_once():
     losses = deterministic.run(lambda: calls.append(1) or torch.tensor([float("nan")]), [torch.device("meta")])
     assert calls == [1]
     assert losses.isnan().all()
+
+
+# ---- small weights
+
+
+def test_the_smallest_weights_have_a_place_for_the_whole_pass_and_the_others_one_for_a_call():
+    made = model()
+    sizes = {name: p.numel() for name, p in made.named_parameters()}
+    directions = prober(made).directions
+    kept: list[str] = []
+    for most in (0, 1, *sizes.values(), sum(sizes.values()), None):
+        kept = [name for group in groups(dict(made.named_parameters()), directions, most=most) for name in group.names]
+        taken = sum(sizes[name] for name in kept)
+        assert taken <= (most if most is not None else taken)
+        rest = sizes.keys() - kept
+        assert all(taken + sizes[name] > (most or 0) for name in rest)
+        assert max((sizes[name] for name in kept), default=0) <= min((sizes[name] for name in rest), default=1 << 30)
+    assert sorted(kept) == sorted(sizes), "without a limit all of them"
+
+
+@pytest.mark.parametrize("most", [0, 20, 60])
+def test_where_a_weight_is_moved_changes_no_bit(monkeypatch, most):
+    made = model()
+    together = prober(made, k=3).differences({"x": X}, 2)
+    monkeypatch.setattr(probes, "MOST", most)
+    assert torch.equal(prober(made, k=3).differences({"x": X}, 2), together)

@@ -33,7 +33,7 @@ from sotto.zeroth_order.reading import Function, Reading, found_in, name_of, onl
 from sotto.zeroth_order.small import Group, Room
 from sotto.zeroth_order.walsh import Stream
 
-BLOCK = 1 << 21
+BLOCK = 1 << 20
 """Elements of a matrix up to which it is moved as a whole."""
 DEVICE_BLOCK = 1 << 24
 """The same on a GPU, which is faster at few large products."""

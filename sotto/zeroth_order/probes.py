@@ -47,7 +47,7 @@ from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side
 from sotto.zeroth_order.prefix import Prefix, capture, frozen_modules
 from sotto.zeroth_order.sides import Sides
-from sotto.zeroth_order.small import Group, groups
+from sotto.zeroth_order.small import MOST, Group, groups
 from sotto.zeroth_order.tangents import Tangents, derivatives
 
 Forward = Callable[[Batch], torch.Tensor]
@@ -167,7 +167,7 @@ class Prober:
     def _scope(self, moved: Mapping[str, nn.Parameter]) -> _Scope:
         names = tuple(moved)
         if names not in self._scopes:
-            self._scopes[names] = _Scope(groups(moved, self.directions), frozen_modules(self.model, moved))
+            self._scopes[names] = _Scope(groups(moved, self.directions, most=MOST), frozen_modules(self.model, moved))
         return self._scopes[names]
 
     def _prefix(self, moved: Mapping[str, nn.Parameter], batch: Batch) -> Prefix | None:

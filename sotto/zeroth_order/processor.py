@@ -24,7 +24,7 @@ PIECE = 1 << 19
 """Entries of a part, with several threads; with one, a quarter as many, which fit into the cache of a core."""
 WORDS = 1 << 22
 """Entries whose words are drawn at a time. To begin with them takes as long as thousands of them."""
-FEW = 1 << 18
+FEW = 1 << 17
 """Entries of small tensors that are made together. Their words are drawn for all of them."""
 _PER_BLOCK = counter.BLOCK * laws.PER_WORD
 _rooms = threading.local()

@@ -20,6 +20,9 @@ LARGEST = 1 << 16
 """Elements up to which a tensor is moved with others."""
 GROUP, DEVICE_GROUP = 1 << 20, 1 << 24
 """Elements that are moved together, on a CPU and elsewhere."""
+MOST = 1 << 20
+"""Elements of all groups of a pass on a CPU, where they stay until its end. A model that has more of them computes long
+enough with each to move the others alone."""
 
 
 class Group:
@@ -85,26 +88,43 @@ class Room:
         return self._views
 
 
-def groups(parameters: Mapping[str, torch.Tensor], directions: Directions, exact: bool = False) -> list[Group]:
+def groups(
+    parameters: Mapping[str, torch.Tensor], directions: Directions, exact: bool = False, most: int | None = None
+) -> list[Group]:
     """Groups of those of the parameters that are small, and that `processor` or a kernel can move.
 
     Args:
       exact: as for `Directions.add`.
+      most: elements of all groups together, on a CPU; the smallest tensors are taken. None is no limit.
     """
+    fitting = {name: p for name, p in parameters.items() if _fits(directions.stream(name, 0, 0), p, exact)}
+    fitting = fitting if most is None else _smallest(fitting, most)
     kinds: dict[Any, list[dict[str, torch.Tensor]]] = {}
     sizes: dict[Any, int] = {}
-    for name, p in parameters.items():
-        stream = directions.stream(name, 0, 0) if 0 < p.numel() <= LARGEST else None
-        mover = _mover(stream, p)
-        if stream is None or mover is None or (exact and mover is not processor and stream.places is not None):
-            continue
-        kind, most = (p.device, p.dtype, directions.part[name]), GROUP if p.device.type == "cpu" else DEVICE_GROUP
-        sizes[kind] = sizes.get(kind, most) + p.numel()
-        if sizes[kind] > most:
+    for name, p in fitting.items():
+        kind, whole = (p.device, p.dtype, directions.part[name]), GROUP if p.device.type == "cpu" else DEVICE_GROUP
+        sizes[kind] = sizes.get(kind, whole) + p.numel()
+        if sizes[kind] > whole:
             kinds.setdefault(kind, []).append({})
             sizes[kind] = p.numel()
         kinds[kind][-1][name] = p
     return [Group(some, directions) for found in kinds.values() for some in found]
+
+
+def _fits(stream: Stream | None, tensor: torch.Tensor, exact: bool) -> bool:
+    mover = _mover(stream, tensor) if 0 < tensor.numel() <= LARGEST else None
+    if stream is None or mover is None:
+        return False
+    return mover is processor or not exact or stream.places is None
+
+
+def _smallest(parameters: Mapping[str, torch.Tensor], most: int) -> dict[str, torch.Tensor]:
+    kept: dict[str, torch.Tensor] = {}
+    for name, p in sorted(parameters.items(), key=lambda pair: pair[1].numel()):
+        most -= p.numel() if p.device.type == "cpu" else 0
+        if most >= 0:
+            kept[name] = p
+    return {name: p for name, p in parameters.items() if name in kept}
 
 
 def _mover(stream: Stream | None, tensor: torch.Tensor) -> Any:
