@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3): the numbers of the settings
 SETTINGS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
@@ -20,11 +21,11 @@ def keep_freed_memory() -> bool:
 
     Without gradients a pass frees its activations as it goes, and glibc gives them back to the system whenever twice
     the largest block so far is free. They come again page by page, each page cleared: a tenth of the time of a forward
-    pass and more (benchmarks/RESULTS.md). Peak memory is as before. Nothing happens with another C library, or where
-    the environment sets it up (`SETTINGS`, or `GLIBC_TUNABLES`).
+    pass and more (benchmarks/RESULTS.md). What is kept serves blocks below `BLOCK` alone. Nothing happens with another
+    C library, or where the environment sets it up (`SETTINGS`, or `GLIBC_TUNABLES`).
     """
     told = SETTINGS & set(os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if told or platform.libc_ver()[0] != "glibc":
+    if told or sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(TRIM_THRESHOLD, KEPT)) and bool(mallopt(MMAP_THRESHOLD, BLOCK))

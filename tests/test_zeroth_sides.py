@@ -100,7 +100,8 @@ def test_on_a_cpu_a_pass_takes_as_many_as_gain_something(monkeypatch: pytest.Mon
         monkeypatch.setattr(probes, "WIDEST", most * widest * 3 * 7)
         assert rows_of_passes(language("llama", 8, sides=8), texts(3, 7)) == expected
     monkeypatch.setattr(probes, "WIDEST", 4 * widest * 3 * 7)
-    assert rows_of_passes(language("llama", 8, sides=8), texts(1, 7)) == [8], "a smaller batch leaves room for more"
+    assert rows_of_passes(language("llama", 8, sides=8), texts(2, 7)) == [12, 4], "a smaller batch leaves room for more"
+    assert rows_of_passes(language("llama", 8, sides=8), texts(1, 7)) == [1] * 8, "what lies first may be its tokens"
 
 
 def test_of_a_frozen_output_layer_few_words_exist_at_a_time():
@@ -128,14 +129,90 @@ class Selects(nn.Module):
         return self.out(h_Nd).view(len(x_BTc), -1).square().mean(1)
 
 
-def test_tokens_that_a_model_selects_belong_to_no_side():
+class Routes(nn.Module):
+    """Two experts, of which the weights of a frozen router choose one for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(3, 2).requires_grad_(False)
+        self.first, self.experts, self.out = nn.Linear(3, 6), nn.ModuleList([nn.Linear(6, 6)] * 2), nn.Linear(6, 1)
+
+    def forward(self, x_BTc: torch.Tensor) -> torch.Tensor:
+        h_Nd, chosen = self.first(x_BTc).flatten(0, 1), self.router(x_BTc).flatten(0, 1).argmax(1)
+        out_Nd = torch.zeros_like(h_Nd)
+        for i, expert in enumerate(self.experts):
+            (at,) = torch.where(chosen == i)
+            out_Nd.index_add_(0, at, expert(h_Nd[at]))
+        return self.out(out_Nd).view(len(x_BTc), -1).square().mean(1)
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+@pytest.mark.parametrize("kind", [Selects, Routes])
+def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], tokens: int):
     """Else a text's loss would depend on what others select."""
     torch.manual_seed(0)
-    model, x = Selects().double(), torch.randn(8, 4, 3).double()
+    model, x = kind().double(), torch.randn(8, tokens, 3).double()
     with pytest.raises(SottoError) as caught:
         prober(model, lambda b: model(b["x"]), sides=4).differences({"x": x}, 0)
     assert caught.value.code == "SOT653"
-    assert "(64, 6)" in caught.value.what
+    assert "selected" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda h, at: h.index_select(0, at),
+        lambda h, at: h.gather(0, at[:, None].expand(-1, h.shape[1])),
+        lambda h, at: h.sort(0).values,
+        lambda h, at: h[at > 0],
+        lambda h, at: h[at.tolist()],
+        lambda h, at: h.masked_select(at[:, None] >= 0).view(h.shape),
+        lambda h, at: torch.zeros_like(h).index_copy(0, at, h),
+        lambda h, at: torch.zeros_like(h).index_put_((at,), h),
+        lambda h, at: 1 + h[at].tanh(),
+    ],
+)
+def test_ways_to_select(select: Any):
+    torch.manual_seed(0)
+    first, out = nn.Linear(3, 6), nn.Linear(6, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = first(batch["x"])
+        return out(select(h, h[:, 0].argsort()))[:, 0].square()
+
+    with pytest.raises(SottoError) as caught:
+        prober(nn.Sequential(first, out), forward, sides=4).differences({"x": torch.randn(8, 3)}, 0)
+    assert caught.value.code == "SOT653"
+
+
+def test_what_selects_no_rows_of_the_batch():
+    """A stored table and columns: their places depend on nothing in the batch."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double(), torch.randn(5, 4, 3).double()
+    model.register_buffer("table", torch.randn(7, 3).double())
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = model[0](batch["x"])[:, [3, 1, 0]] + model.table[torch.arange(3)]
+        return model[1](h).square().mean((1, 2))
+
+    one, four = (prober(model, forward, sides=n).differences({"x": x}, 0) for n in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-6, atol=1e-6)
+
+
+def test_the_check_compares_every_side():
+    """A row that all share is moved for each side, of which this model takes the first for all."""
+    torch.manual_seed(0)
+    table, places, out = nn.Embedding(11, 6), nn.Embedding(7, 6), nn.Linear(6, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = table(batch["x"]) + places(torch.arange(7)[None])[0]
+        return out(h.mean(1))[:, 0].square()
+
+    batch = {"x": IDS % 11}
+    prober(nn.Sequential(table, places, out), forward).check(batch)
+    with pytest.raises(SottoError) as caught:
+        prober(nn.Sequential(table, places, out), forward, sides=4).check(batch)
+    assert caught.value.code == "SOT655"
 
 
 def test_tokens_one_after_another_are_the_rows_they_come_from():

@@ -61,13 +61,13 @@ class Prefix:
 
     Attributes:
       outputs: module -> what its calls gave, in order.
-      rows: B, the rows of the batch.
+      lengths: of what has a part for each row (`lengths_of`).
       model: one with a side network, or None.
       beside: what the side network sees of the frozen layers, by index.
     """
 
     outputs: dict[nn.Module, list[Any]]
-    rows: int
+    lengths: frozenset[int]
     model: Any = None
     beside: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
@@ -99,7 +99,7 @@ class Prefix:
 
     def _repeat(self, kept: torch.Tensor | _Forgotten, repeats: int) -> torch.Tensor:
         x = kept.stand_in() if isinstance(kept, _Forgotten) else kept
-        if repeats == 1 or x.dim() == 0 or x.shape[0] % self.rows or (x.shape[0] == 1 and self.rows > 1):
+        if repeats == 1 or x.dim() == 0 or x.shape[0] not in self.lengths:
             return x  # positions and masks that all rows share
         return x.expand(repeats, *x.shape).flatten(0, 1) if isinstance(kept, torch.Tensor) else _Forgotten(
             torch.Size((repeats * x.shape[0], *x.shape[1:])), x.dtype, x.device
@@ -195,13 +195,18 @@ def capture(
     finally:
         for hook in hooks:
             hook.remove()
-    prefix = Prefix(outputs, len(next(iter(batch.values()))))
+    prefix = Prefix(outputs, lengths_of(batch))
     beside: Any = model if hasattr(model, "noting") else None
     if beside is not None and perturbed.isdisjoint(map(id, beside.stack.layers.parameters())):
         with torch.no_grad(), prefix.replay(), beside.noting() as seen:
             forward(batch)
         prefix.model, prefix.beside = beside, seen
     return prefix
+
+
+def lengths_of(batch: Mapping[str, torch.Tensor]) -> frozenset[int]:
+    """Of first axes with a part for each row: the rows themselves, or their tokens one after another."""
+    return frozenset(x.shape[:n].numel() for x in batch.values() for n in range(1, x.dim() + 1))
 
 
 def frozen_modules(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> list[nn.Module]:

@@ -196,6 +196,8 @@ class Prober:
 
     def _together(self, batch: Batch) -> int:
         """How many sides a pass takes: `sides`, or on a CPU as many as gain something there."""
+        if _rows(batch) == 1:  # of one row alone, what lies first could be its tokens as well
+            return 1
         if self.width is None or self.sides == 1:
             return self.sides
         fitting = WIDEST // (self.width * max(1, *(x.numel() for x in batch.values())))
@@ -206,7 +208,8 @@ class Prober:
         small = self._scope(moved).small
         if len(sides) == 1:
             return Perturbed(moved, self.directions, step, sides, small)
-        return Sides(moved, self.directions, step, sides, batch, small)
+        stored = (*self.model.parameters(), *self.model.buffers())
+        return Sides(moved, self.directions, step, sides, batch, stored, small)
 
     def _pass(self, batch: Batch, moved: Perturbed, prefix: Prefix | None) -> list[torch.Tensor]:
         """(B,) float64 losses for each side. Their own: a view of a moved weight would move with it."""
@@ -249,27 +252,33 @@ class Prober:
             depends on the other rows; SOT655, the passes differ, or no function is given a trainable weight.
         """
         rows, shift, all_ = _rows(batch), max(self.smoothing, CHECK_SHIFT), self.parameters
-        points = [Side(0, shift), Side(0, -shift)][: self.sides]
+        both = [Side(k, sign * shift) for k in range(self.directions.count) for sign in (1, -1)]
+        points = both[: self.sides]
         with torch.no_grad():
             prefix = self._prefix(all_, batch)
-            fast = self._losses(batch, step, points, all_, prefix)[0]
+            fast = self._losses(batch, step, points, all_, prefix)
             context = self._context(all_, step, points[:1], batch)
             with Refusing():
                 (plain,) = self._pass(batch, context, None)
             if not context.asked:
                 raise _unread()
-            moved = Perturbed(all_, self.directions, step, points[:1])
-            really = {name: moved.moved(p, points[0]) for name, p in all_.items()}
-            truth = _per_example(self._forward_with(really, batch), rows).double()
-            del really
+            truth = self._truth(batch, step, points[0])
             for row in sorted({0, rows // 2, rows - 1})[:_CHECKED_ROWS]:
                 alone = {name: x[row : row + 1] for name, x in batch.items()}
                 same = self._losses(alone, step, points[:1], all_, None)[0]
                 self._require_same(plain[row : row + 1], same, _coupled())
             self._require_same(truth, plain, _differ("one perturbed weight at a time"))
-            self._require_same(truth, fast, _differ("the kept prefix or several sides at once"))
+            for point, found in zip(points, fast, strict=True):
+                truth = truth if point == points[0] else self._truth(batch, step, point)
+                self._require_same(truth, found, _differ("the kept prefix or several sides at once"))
             if self.smoothing == 0:
                 self._check_derivatives(batch, rows, Tangents(all_, self.directions, step, 0), prefix)
+
+    def _truth(self, batch: Batch, step: int, point: Side) -> torch.Tensor:
+        """(B,) float64 losses with the weights really replaced."""
+        moved = Perturbed(self.parameters, self.directions, step, [point])
+        really = {name: moved.moved(p, point) for name, p in self.parameters.items()}
+        return _per_example(self._forward_with(really, batch), _rows(batch)).double()
 
     def _check_derivatives(self, batch: Batch, rows: int, tangents: Tangents, prefix: Prefix | None) -> None:
         _, found = self._derivatives(batch, rows, tangents, prefix)
@@ -321,7 +330,7 @@ def _width(model: nn.Module) -> int:
     """The most numbers that a layer gives or takes for a token, but for a frozen output layer: some words at a time."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    frozen = head is not None and not any(p.requires_grad for p in head.parameters())
+    frozen = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
     layers = (m for m in model.modules() if not isinstance(m, nn.Embedding) and not (frozen and m is head))
     return max((max(p.shape) for m in layers for p in m.parameters(recurse=False) if p.dim() == 2), default=1)
 

@@ -11,8 +11,8 @@ Shape legend: S sides, R rows of one side, x anything, m and c outputs and input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side, kind_of
+from sotto.zeroth_order.prefix import lengths_of
 from sotto.zeroth_order.reading import Function, name_of
+from sotto.zeroth_order.selection import Selections
 from sotto.zeroth_order.small import Group
 
 SMALL, CPU_SMALL = 1 << 22, 1 << 18
@@ -45,17 +47,29 @@ class Sides(Perturbed):
         step: int,
         sides: Sequence[Side],
         batch: Batch,
+        stored: Iterable[torch.Tensor] = (),
         small: Sequence[Group] = (),
     ):
         """Prepares a pass.
 
         Args:
           batch: of one side.
+          stored: all parameters and buffers of the model.
           parameters, directions, step, sides, small: as for `Perturbed`.
         """
         super().__init__(parameters, directions, step, sides, small)
+        self._selections = Selections(self.names, {id(x) for x in stored}, _selected)
         self.rows = max(len(x) for x in batch.values())
-        self.lengths = {self.rows} | {x.shape[:n].numel() for x in batch.values() for n in range(1, x.dim() + 1)}
+        self.lengths = lengths_of(batch)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._selections.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selections.__exit__(None, None, None)
+        super().__exit__()
 
     def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function for all sides at once.
@@ -68,7 +82,7 @@ class Sides(Perturbed):
             return _linear(self, *args, **kwargs)
         if name in ("embedding", "layer_norm", "rms_norm") and args and self.name(first) is None:
             return _each(self, lambda side, x: self.one_side(func, (x, *args[1:]), kwargs, side), args[0])
-        if name == "addmm" and len(args) == 3 and not kwargs:
+        if name == "addmm" and len(args) == 3 and not kwargs and self.name(args[1]) is None:
             bias, x, weight = args
             return _each(self, lambda s, part: torch.addmm(self.moved(bias, s), part, self.moved(weight, s)), x)
         if name in _ELEMENTWISE and len(args) == 2 and not kwargs:
@@ -86,11 +100,21 @@ def _no_rule(name: str) -> SottoError:
     )
 
 
+def _selected(name: str) -> SottoError:
+    return SottoError(
+        "SOT653",
+        what=f"several sides cannot be probed in one pass: {name} gets rows that the model selected",
+        where=name,
+        why="rows belong to a side by their place, and a text's loss must not depend on what others select",
+        fix="probe one side at a time (sides=1)",
+    )
+
+
 def _split(mode: Sides, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rows of each side. A tensor with one row that all rows share (positions) is the same for every side.
 
-    Nothing else than the batch's own lengths is split: tokens that a model selects need not lie side after side, and
-    then an example's loss would depend on what others select.
+    What is as long as nothing in the batch is refused. What has such a length by chance, as a table of positions may,
+    is found when `probes.Prober.check` compares the sides; selected rows never come here (`selection`).
     """
     sides, rows = len(mode.sides), mode.rows
     if x.dim() == 0 or (x.shape[0] == 1 and sides * rows > 1):
