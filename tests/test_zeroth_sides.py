@@ -170,6 +170,9 @@ def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], toke
         lambda h, at: torch.zeros_like(h).index_copy(0, at, h),
         lambda h, at: torch.zeros_like(h).index_put_((at,), h),
         lambda h, at: 1 + h[at].tanh(),
+        lambda h, at: nn.functional.embedding(at, h),
+        lambda h, at: h[None, at][0],
+        lambda h, at: h[..., at, :],
     ],
 )
 def test_ways_to_select(select: Any):

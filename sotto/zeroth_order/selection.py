@@ -52,6 +52,9 @@ class Selections(TorchFunctionMode):
         return out
 
     def _selects(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if name == "embedding":  # which looks up rows of whatever it is given
+            source = args[1] if len(args) > 1 else kwargs.get("weight")
+            return not (id(source) in self.stored or id(source) in self.names)
         source = args[0] if args else kwargs.get("input")
         if not isinstance(source, torch.Tensor) or not source.is_floating_point() or id(source) in self.stored:
             return False
@@ -63,8 +66,11 @@ class Selections(TorchFunctionMode):
 
 
 def _by_tensor(index: Any) -> bool:
-    first = index[0] if isinstance(index, tuple) and index else index
-    return isinstance(first, list) or (isinstance(first, torch.Tensor) and first.dim() > 0)
+    """Whether an index may take rows by number; one that comes after a slice takes something else of each row."""
+    parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not None]
+    if parts and parts[0] is Ellipsis:  # which may stand for no axis at all
+        return any(isinstance(part, list | torch.Tensor) for part in parts)
+    return bool(parts) and (isinstance(parts[0], list) or (isinstance(parts[0], torch.Tensor) and parts[0].dim() > 0))
 
 
 def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> int:
