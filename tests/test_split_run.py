@@ -364,7 +364,8 @@ def test_a_plan_says_what_protects_the_text(tmp_path: Path, setting: dict, said:
     assert sotto.plan(made).private == (made.not_private is None) == (not open_)
     seeded = made.with_overrides(["run.debug_noise_seed=1"])
     assert "NOT PRIVATE" in plan_text.render(sotto.plan(seeded))
-    assert Plan.from_dict(json.loads(json.dumps(sotto.plan(made).to_dict()))) == sotto.plan(made)
+    once = sotto.plan(made)  # as another one may find more or less memory free
+    assert Plan.from_dict(json.loads(json.dumps(once.to_dict()))) == once
 
 
 def test_an_interrupted_simulation_says_how_to_go_on(
