@@ -156,7 +156,7 @@ def test_one_kernel_moves_weights_as_a_chain_of_operations_does(monkeypatch: pyt
             made, side = Directions("00" * 16, shapes, 4, zeroth.Law(law)), Side(2, 1e-2)
             assert kernels.kernel_for(made.stream("w", 7, 2), weights["w"]) is not None
             small = groups(weights, made)
-            assert {id(weights["b"]), id(weights["e"])} == set(Room(small).moved(7, 2, 1e-2))
+            assert {id(weights["b"]), id(weights["e"])} == set(Room(small).moved(7, [(2, 1e-2)])[0])
 
             def moved(small: list[Group], w: Any = weights, made: Any = made, side: Any = side) -> list[torch.Tensor]:
                 context = Perturbed(w, made, 7, [side], small)

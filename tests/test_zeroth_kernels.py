@@ -66,7 +66,7 @@ def test_a_forecast_holds_the_small_tensors_that_are_moved_together(monkeypatch)
     meta = {name: torch.empty(shape, device="meta") for name, shape in made.shapes.items()}
     fake = FakeTensorMode()
     weights = {n: torch.nn.Parameter(FakeTensor(fake, x, torch.device("cuda:0"))) for n, x in meta.items()}
-    (moved,) = Room(groups(weights, made)).moved(0, 0, 1.0).values()
+    (moved,) = Room(groups(weights, made)).moved(0, [(0, 1.0)])[0].values()
     assert moved.shape == (5, 7)
     assert moved.is_cuda
 

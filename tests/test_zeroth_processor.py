@@ -125,7 +125,7 @@ def test_what_torch_was_doing_does_not_stay(state, count, monkeypatch):
     def all_of_it(made: Directions) -> list[torch.Tensor]:
         whole_e = torch.empty(SIZE)
         made.add("w", 5, 1, FACTOR, weights["w"], 0, whole_e)
-        (together_e,) = Room(groups(weights, made)).moved(5, 1, FACTOR).values()
+        (together_e,) = Room(groups(weights, made)).moved(5, [(1, FACTOR)])[0].values()
         return [whole_e, together_e, made.rows("t", 5, 1, torch.tensor([8, 0]))]
 
     with contextlib.suppress(Exception), state:
@@ -142,7 +142,7 @@ def test_an_empty_tensor_beside_large_ones():
     shapes = {"w": torch.Size((LARGEST + 1,)), "e": torch.Size((0,))}
     weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for kind in LAWS:
-        assert Room(groups(weights, Directions(KEY, shapes, 2, Law(kind)))).moved(0, 0, 1.0) == {}
+        assert Room(groups(weights, Directions(KEY, shapes, 2, Law(kind)))).moved(0, [(0, 1.0)])[0] == {}
 
 
 SMALL = {"a": 5, "b": 128, "c": 129, "d": laws.RUN, "e": laws.RUN + 1, "f": LARGEST, "g": 1, "h": 3 * laws.RUN - 1}
@@ -157,7 +157,7 @@ def test_many_small_tensors_move_at_once_as_each_would_alone(kind, monkeypatch):
     weights = {name: torch.randn(n) for name, n in SMALL.items()}
     small = Room(groups(weights, made))  # in three groups: one holds more than it should, as its one tensor does
     for step, k, factor in ((0, 0, FACTOR), (4, 2, -FACTOR)):
-        found = small.moved(step, k, factor)
+        (found,) = small.moved(step, [(k, factor)])
         assert len(found) == len(weights)
         for name, w in weights.items():
             alone_e = torch.empty_like(w)
@@ -171,10 +171,10 @@ def test_what_is_large_masked_low_rank_or_in_half_precision_moves_alone():
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     weights["half"] = weights["half"].bfloat16()
     masks = {"masked": torch.ones(9, dtype=torch.bool)}
-    found = Room(groups(weights, Directions(KEY, shapes, 2, Law("gaussian"), masks))).moved(0, 0, 1.0)
+    found = Room(groups(weights, Directions(KEY, shapes, 2, Law("gaussian"), masks))).moved(0, [(0, 1.0)])[0]
     assert set(found) == {id(weights["w"])}
     low_rank = groups(weights, Directions(KEY, shapes, 2, Law("gaussian", rank=1)))
-    assert not Room(low_rank).moved(0, 0, 1.0).keys() & set(found)
+    assert not Room(low_rank).moved(0, [(0, 1.0)])[0].keys() & set(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

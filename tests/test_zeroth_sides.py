@@ -12,7 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from sotto import losses
 from sotto.errors import SottoError
-from sotto.zeroth_order import perturb, probes, sides
+from sotto.zeroth_order import perturb, sides
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import Law
 from sotto.zeroth_order.probes import Prober, trainable
@@ -97,9 +97,9 @@ def test_on_a_cpu_a_pass_takes_as_many_as_gain_something(monkeypatch: pytest.Mon
     assert widest == tiny_models.VOCAB, "a trained output layer gives that many numbers for each token"
     assert rows_of_passes(p, texts(3, 7)) == [24]
     for most, expected in [(8, [24]), (7, [18, 6]), (4, [12, 12]), (2, [6] * 4), (1, [3] * 8), (0, [3] * 8)]:
-        monkeypatch.setattr(probes, "WIDEST", most * widest * 3 * 7)
+        monkeypatch.setattr(sides, "WIDEST", most * widest * 3 * 7)
         assert rows_of_passes(language("llama", 8, sides=8), texts(3, 7)) == expected
-    monkeypatch.setattr(probes, "WIDEST", 4 * widest * 3 * 7)
+    monkeypatch.setattr(sides, "WIDEST", 4 * widest * 3 * 7)
     assert rows_of_passes(language("llama", 8, sides=8), texts(2, 7)) == [12, 4], "a smaller batch leaves room for more"
     assert rows_of_passes(language("llama", 8, sides=8), texts(1, 7)) == [1] * 8, "what lies first may be its tokens"
 
@@ -109,7 +109,7 @@ def test_of_a_frozen_output_layer_few_words_exist_at_a_time():
     assert p.width == tiny_models.VOCAB
     p.model.get_output_embeddings().weight.requires_grad_(False)  # type: ignore[operator]
     inner = max(max(m.weight.shape) for n, m in p.model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
-    assert probes._width(p.model) == inner < tiny_models.VOCAB
+    assert sides.width_of(p.model) == inner < tiny_models.VOCAB
 
 
 # ---- whose row is whose
@@ -173,6 +173,14 @@ def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], toke
         lambda h, at: nn.functional.embedding(at, h),
         lambda h, at: h[None, at][0],
         lambda h, at: h[..., at, :],
+        lambda h, at: h[at.numpy()],
+        lambda h, at: h.t()[:, at].t(),
+        lambda h, at: h.t()[..., at].t(),
+        lambda h, at: h[None][:, at][0],
+        lambda h, at: h.t().index_select(1, at).t(),
+        lambda h, at: h.t().sort(1).values.t(),
+        lambda h, at: torch.take_along_dim(h.t(), at[None], 1).t(),
+        lambda h, at: h.t()[:, at > -1].t(),
     ],
 )
 def test_ways_to_select(select: Any):
@@ -202,6 +210,66 @@ def test_what_selects_no_rows_of_the_batch():
     torch.testing.assert_close(four, one, rtol=1e-6, atol=1e-6)
 
 
+def test_what_lies_along_another_axis_may_be_as_long_as_all_rows():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double(), torch.randn(2, 8, 3).double()
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = model[0](batch["x"])
+        h = h[:, h[0, :, 0].argsort().sort().values].gather(1, torch.arange(8)[None, :, None].expand(h.shape))
+        return model[1](h).square().mean((1, 2))
+
+    one, four = (prober(model, forward, sides=n).differences({"x": x}, 0) for n in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_that_takes_no_repeated_batch_is_refused_before_it_is_trained():
+    torch.manual_seed(0)
+    model, x, most = nn.Linear(3, 1), torch.randn(4, 3), torch.ones(4, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        return (model(batch["x"]) * most[: len(batch["x"])]).square()[:, 0]
+
+    prober(model, forward).check({"x": x})
+    with pytest.raises(SottoError) as caught:
+        prober(model, forward, sides=2).check({"x": x})
+    assert caught.value.code == "SOT653"
+    assert "RuntimeError: The size of tensor" in caught.value.why
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        prober(model, forward).check({"x": torch.randn(5, 3)})
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_norms_of_all_sides_together(kind: torch.dtype):
+    torch.manual_seed(0)
+    norms = nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.LayerNorm((4, 6))
+    model, x = nn.Sequential(nn.Linear(3, 6), *norms, nn.Flatten(), nn.Linear(24, 1)).to(kind), torch.randn(5, 4, 3)
+
+    def forward(batch: Any) -> torch.Tensor:
+        return model(batch["x"].to(kind))[:, 0].square()
+
+    one, four = (prober(model, forward, sides=n, smoothing=0.1).differences({"x": x}, 0) for n in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-4)
+
+
+def test_one_number_as_a_weight_changes_no_type():
+    """`torch` takes a tensor without axes for a plain number."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 6).bfloat16().requires_grad_(False)
+    model.register_parameter("scale", nn.Parameter(torch.tensor(1.5)))
+    kinds: list[torch.dtype] = []
+
+    def forward(batch: Any) -> torch.Tensor:
+        out = model(batch["x"].bfloat16()) * model.scale
+        kinds.append(out.dtype)
+        return out.float().square().sum(1)
+
+    x = torch.randn(5, 3)
+    one, two = (prober(model, forward, sides=n, smoothing=0.1).differences({"x": x}, 0) for n in (1, 2))
+    assert set(kinds) == {torch.bfloat16}
+    torch.testing.assert_close(two, one, rtol=3e-2, atol=3e-2)
+
+
 def test_the_check_compares_every_side():
     """A row that all share is moved for each side, of which this model takes the first for all."""
     torch.manual_seed(0)
@@ -216,6 +284,25 @@ def test_the_check_compares_every_side():
     with pytest.raises(SottoError) as caught:
         prober(nn.Sequential(table, places, out), forward, sides=4).check(batch)
     assert caught.value.code == "SOT655"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_check_sees_what_is_as_long_as_all_rows_by_chance(rows: int):
+    """A table of places, of which each side would get a part, and which says too little for the losses to differ."""
+    torch.manual_seed(0)
+    table, places, out = nn.Embedding(11, 6), nn.Embedding(7, 6), nn.Linear(6, 1)
+    nn.init.zeros_(places.weight)
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = table(batch["x"]) + 1e-9 * places(torch.arange(batch["x"].shape[1]))
+        return out(h.mean(1))[:, 0].square()
+
+    batch = {"x": IDS[:rows, : 2 * rows] % 11}
+    model = nn.Sequential(table, places, out)
+    assert prober(model, forward, sides=2).differences(batch, 0).isfinite().all(), "nothing else finds it"
+    with pytest.raises(SottoError) as caught:
+        prober(model, forward, sides=2).check(batch)
+    assert caught.value.code == "SOT653"
 
 
 def test_tokens_one_after_another_are_the_rows_they_come_from():

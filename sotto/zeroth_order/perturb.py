@@ -73,7 +73,7 @@ class Perturbed(Reading):
         """
         super().__init__(parameters)
         self.directions, self.step, self.sides = directions, step, tuple(sides)
-        self._rooms = [Room(list(small)) for _ in sides] if small else []
+        self._small = Room(small, len(sides)) if small else None
         self._made: dict[Side, Mapping[int, torch.Tensor]] = {}
         self._room: torch.Tensor | None = None
 
@@ -83,9 +83,8 @@ class Perturbed(Reading):
         return self
 
     def __enter__(self) -> Self:
-        if self._rooms:
-            pairs = zip(self._rooms, self.sides, strict=True)
-            self._made = {side: room.moved(self.step, side.k, side.shift) for room, side in pairs}
+        if self._small is not None:
+            self._made = dict(zip(self.sides, self._small.moved(self.step, self.sides), strict=True))
         return super().__enter__()
 
     def answer(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

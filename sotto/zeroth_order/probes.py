@@ -46,7 +46,7 @@ from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side
 from sotto.zeroth_order.prefix import Prefix, capture, frozen_modules
-from sotto.zeroth_order.sides import Sides
+from sotto.zeroth_order.sides import Sides, how_many, unfit, width_of
 from sotto.zeroth_order.small import MOST, Group, groups
 from sotto.zeroth_order.tangents import Tangents, derivatives
 
@@ -54,10 +54,6 @@ Forward = Callable[[Batch], torch.Tensor]
 
 CHECK_SHIFT = 1e-2
 """How far the check moves the weights: a classifier that starts at zero gives all examples one loss until then."""
-
-WIDEST = 1 << 20
-"""Elements of the widest tensor of a pass up to which several sides share it on a CPU. Beyond, what they share is lost
-again: it does not stay near the processor, and its memory comes page by page (benchmarks/RESULTS.md)."""
 
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _CHECKED_ROWS = 3
@@ -91,7 +87,7 @@ class Prober:
           directions: for exactly the trainable parameters of the model.
           smoothing: lambda, how far the weights are moved along a direction; 0 for derivatives.
           sides: 1, or an even number: so many moved models in one forward pass (`sides.Sides`), or on a CPU fewer where
-            a pass is large enough to be no faster for it (`WIDEST`). 1 with smoothing 0.
+            a pass is large enough to be no faster for it (`sides.WIDEST`). 1 with smoothing 0.
           reuse_prefix: compute what lies below the first trainable weight once per batch.
 
         Raises:
@@ -111,7 +107,7 @@ class Prober:
         require_deterministic(model)
         self._scopes: dict[tuple[str, ...], _Scope] = {}
         self._devices = {p.device for p in model.parameters()}
-        self.width = _width(model) if all(d.type == "cpu" for d in self._devices) else None
+        self.width = width_of(model) if all(d.type == "cpu" for d in self._devices) else None
 
     # ---- the numbers
 
@@ -186,22 +182,13 @@ class Prober:
         """(B,) float64 losses at each point, `sides` of them in a pass."""
         found: list[torch.Tensor] = []
         context: Perturbed | None = None
-        together = self._together(batch)
+        together = how_many(self.sides, self.width, batch)
         for start in range(0, len(points), together):
             sides = points[start : start + together]
             if context is None or len(sides) != len(context.sides):
                 context = self._context(moved, step, sides, batch)
             found += self._pass(batch, context.at(sides), prefix)
         return found
-
-    def _together(self, batch: Batch) -> int:
-        """How many sides a pass takes: `sides`, or on a CPU as many as gain something there."""
-        if _rows(batch) == 1:  # of one row alone, what lies first could be its tokens as well
-            return 1
-        if self.width is None or self.sides == 1:
-            return self.sides
-        fitting = WIDEST // (self.width * max(1, *(x.numel() for x in batch.values())))
-        return max(1, min(self.sides, fitting - fitting % 2))
 
     def _context(self, moved: Mapping[str, nn.Parameter], step: int, sides: Sequence[Side], batch: Batch) -> Perturbed:
         """In which a pass takes these sides, or as many others."""
@@ -256,7 +243,6 @@ class Prober:
         points = both[: self.sides]
         with torch.no_grad():
             prefix = self._prefix(all_, batch)
-            fast = self._losses(batch, step, points, all_, prefix)
             context = self._context(all_, step, points[:1], batch)
             with Refusing():
                 (plain,) = self._pass(batch, context, None)
@@ -268,11 +254,35 @@ class Prober:
                 same = self._losses(alone, step, points[:1], all_, None)[0]
                 self._require_same(plain[row : row + 1], same, _coupled())
             self._require_same(truth, plain, _differ("one perturbed weight at a time"))
-            for point, found in zip(points, fast, strict=True):
-                truth = truth if point == points[0] else self._truth(batch, step, point)
-                self._require_same(truth, found, _differ("the kept prefix or several sides at once"))
+            truths = [truth, *(self._truth(batch, step, point) for point in points[1:])]
+            self._check_passes(batch, step, points, truths, prefix)
             if self.smoothing == 0:
                 self._check_derivatives(batch, rows, Tangents(all_, self.directions, step, 0), prefix)
+
+    def _check_passes(
+        self, batch: Batch, step: int, points: Sequence[Side], truths: list[torch.Tensor], prefix: Prefix | None
+    ) -> None:
+        """Compares the passes of the probes, of a model that can be run, with losses under weights really moved.
+
+        Several sides also with one row more: what is no row, but as long as all rows of this batch by chance, is not
+        as long as those.
+        """
+        batches = [(batch, prefix)]
+        if self.sides > 1:
+            more = {name: torch.cat([x, x[:1]]) for name, x in batch.items()}
+            batches.append((more, self._prefix(self.parameters, more)))
+        for some, kept in batches:
+            try:
+                losses = self._losses(some, step, points, self.parameters, kept)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError, ValueError) as error:
+                if self.sides == 1:
+                    raise
+                raise unfit(error) from error
+            for truth, found in zip(truths, losses, strict=True):
+                expected = torch.cat([truth, truth])[: len(found)]
+                self._require_same(expected, found, _differ("the kept prefix or several sides at once"))
 
     def _truth(self, batch: Batch, step: int, point: Side) -> torch.Tensor:
         """(B,) float64 losses with the weights really replaced."""
@@ -324,15 +334,6 @@ class _Holder(nn.Module):
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> trainable parameter; one that several modules share has its first name only."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _width(model: nn.Module) -> int:
-    """The most numbers that a layer gives or takes for a token, but for a frozen output layer: some words at a time."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    frozen = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
-    layers = (m for m in model.modules() if not isinstance(m, nn.Embedding) and not (frozen and m is head))
-    return max((max(p.shape) for m in layers for p in m.parameters(recurse=False) if p.dim() == 2), default=1)
 
 
 def _rows(batch: Batch) -> int:

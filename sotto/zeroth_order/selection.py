@@ -7,7 +7,7 @@ taken for those of a side, they would make a text's loss depend on what other te
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,6 +20,10 @@ _ALONG = frozenset(["index_select", "gather", "take_along_dim", "sort", "argsort
 _INTO = frozenset(["index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"])
 """Put rows in other places."""
 _FLAT = frozenset(["masked_select", "take"])
+_MAY = frozenset(
+    name + end for name in ("__getitem__", "__setitem__", "embedding", *_ALONG, *_INTO, *_FLAT) for end in ("", "_")
+)
+"""Anything else selects nothing. Asked first: nearly all functions of a pass are of this kind."""
 
 
 class Selections(TorchFunctionMode):
@@ -30,17 +34,31 @@ class Selections(TorchFunctionMode):
       stored: ids of what else the model holds: to look rows up there selects none of the batch.
     """
 
-    def __init__(self, names: Collection[int], stored: Collection[int], refuse: Any):
-        """Args: `refuse` makes the error of a function's name."""
+    def __init__(
+        self, names: Collection[int], stored: Collection[int], rows: int, lengths: Collection[int], refuse: Any
+    ):
+        """Args:
+        rows, lengths: of the repeated batch, and what first axes with a part for each of them are as long as.
+        refuse: makes the error of a function's name.
+        """
         super().__init__()
+        self._rows, self._lengths = rows, lengths
         self.names, self.stored, self._refuse = names, stored, refuse
         self._selected: Any = WeakIdKeyDictionary()
+        self._any = False
+
+    def __enter__(self) -> Self:
+        self._selected.clear()
+        self._any = False
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, name_of(func)
-        tainted = bool(self._selected) and any(t in self._selected for t in tensors_in((args, kwargs)))
+        if name not in _MAY and not self._any:
+            return func(*args, **kwargs)
+        tainted = self._any and any(t in self._selected for t in tensors_in((args, kwargs)))
         if tainted and found_in([*args, *kwargs.values()], self.names):
             raise self._refuse(name)
         out = func(*args, **kwargs)
@@ -48,7 +66,7 @@ class Selections(TorchFunctionMode):
             written = [args[0]] if args and (name == "__setitem__" or name.endswith("_")) else []
             for tensor in tensors_in([out, *written]):
                 if tensor.is_floating_point():
-                    self._selected[tensor] = True
+                    self._selected[tensor] = self._any = True
         return out
 
     def _selects(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -58,19 +76,31 @@ class Selections(TorchFunctionMode):
         source = args[0] if args else kwargs.get("input")
         if not isinstance(source, torch.Tensor) or not source.is_floating_point() or id(source) in self.stored:
             return False
-        if name == "__getitem__":
-            return _by_tensor(args[1])
-        if name == "__setitem__":
-            return _by_tensor(args[1]) and isinstance(args[2], torch.Tensor) and args[2].dim() > 0
-        return name in _FLAT or name.rstrip("_") in _INTO or (name in _ALONG and _axis(name, args, kwargs, source) == 0)
+        if name == "__setitem__" and not (isinstance(args[2], torch.Tensor) and args[2].dim() > 0):
+            return False  # one number goes wherever it should
+        if name in ("__getitem__", "__setitem__"):
+            return any(self._rows_along(source, axis) for axis in _axes(args[1], source))
+        if name in _ALONG:
+            return self._rows_along(source, _axis(name, args, kwargs, source))
+        return name in _FLAT or name.rstrip("_") in _INTO
+
+    def _rows_along(self, source: torch.Tensor, axis: int) -> bool:
+        """Whether rows of the batch may lie along this axis: the first, or another one if they are not along that."""
+        return axis == 0 or (source.shape[0] not in self._lengths and source.shape[axis] % self._rows == 0)
 
 
-def _by_tensor(index: Any) -> bool:
-    """Whether an index may take rows by number; one that comes after a slice takes something else of each row."""
+def _axes(index: Any, source: torch.Tensor) -> list[int]:
+    """The axes along which an index takes by number or mask."""
     parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not None]
-    if parts and parts[0] is Ellipsis:  # which may stand for no axis at all
-        return any(isinstance(part, list | torch.Tensor) for part in parts)
-    return bool(parts) and (isinstance(parts[0], list) or (isinstance(parts[0], torch.Tensor) and parts[0].dim() > 0))
+    wide = [part.dim() if isinstance(part, torch.Tensor) and part.dtype == torch.bool else 1 for part in parts]
+    wide = [0 if isinstance(part, bool) else n for part, n in zip(parts, wide, strict=True)]
+    open_ = source.dim() - sum(n for part, n in zip(parts, wide, strict=True) if part is not Ellipsis)
+    found, axis = [], 0
+    for part, n in zip(parts, wide, strict=True):
+        if not isinstance(part, slice | int) and part is not Ellipsis:
+            found += range(axis, axis + n)
+        axis += open_ if part is Ellipsis else n
+    return found
 
 
 def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sotto.errors import SottoError
 from sotto.zeroth_order.directions import Directions
@@ -28,6 +29,10 @@ from sotto.zeroth_order.small import Group
 SMALL, CPU_SMALL = 1 << 22, 1 << 18
 """Elements of all sides of a matrix together, up to which they are made at once and multiplied as a batch: on a GPU,
 and on a CPU, where to bring more of them together takes longer than to begin with each."""
+
+WIDEST = 1 << 20
+"""Elements of the widest tensor of a pass up to which several sides share it on a CPU. Beyond, what they share is lost
+again: it does not stay near the processor, and its memory comes page by page (benchmarks/RESULTS.md)."""
 
 _ELEMENTWISE = frozenset(["mul", "__mul__", "__rmul__", "add", "__add__", "__radd__", "sub", "__sub__"])
 
@@ -58,9 +63,10 @@ class Sides(Perturbed):
           parameters, directions, step, sides, small: as for `Perturbed`.
         """
         super().__init__(parameters, directions, step, sides, small)
-        self._selections = Selections(self.names, {id(x) for x in stored}, _selected)
         self.rows = max(len(x) for x in batch.values())
-        self.lengths = lengths_of(batch)
+        self.lengths, count = lengths_of(batch), len(self.sides)
+        together = {count * length for length in self.lengths}
+        self._selections = Selections(self.names, {id(x) for x in stored}, count * self.rows, together, _selected)
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -71,6 +77,14 @@ class Sides(Perturbed):
         self._selections.__exit__(None, None, None)
         super().__exit__()
 
+    def stacked(self, value: Any) -> torch.Tensor:
+        """(S, ...) the parameter at each side; anything that is not perturbed is the same at all."""
+        if self._small is not None and id(value) in self._small.stacked:
+            return self._small.stacked[id(value)]
+        if self.name(value) is None:
+            return value.expand(len(self.sides), *value.shape)
+        return torch.stack([self.moved(value, side) for side in self.sides])
+
     def replace(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function for all sides at once.
 
@@ -80,6 +94,8 @@ class Sides(Perturbed):
         name, first = name_of(func), args[0] if args else None
         if func is F.linear and self.name(first) is None:
             return _linear(self, *args, **kwargs)
+        if func is F.layer_norm and _plain_norm(*args, **kwargs):
+            return _layer_norm(self, *args, **kwargs)
         if name in ("embedding", "layer_norm", "rms_norm") and args and self.name(first) is None:
             return _each(self, lambda side, x: self.one_side(func, (x, *args[1:]), kwargs, side), args[0])
         if name == "addmm" and len(args) == 3 and not kwargs and self.name(args[1]) is None:
@@ -96,6 +112,18 @@ def _no_rule(name: str) -> SottoError:
         what=f"several sides cannot be probed in one pass through {name or 'this operation'}",
         where=name,
         why="no rule says how this operation keeps the weights of the sides apart",
+        fix="probe one side at a time (sides=1)",
+    )
+
+
+def unfit(error: Exception) -> SottoError:
+    """What is said of a model that a pass of several sides ended in an error in."""
+    first = str(error).splitlines()[0][:200] if str(error) else ""
+    return SottoError(
+        "SOT653",
+        what="several sides cannot be probed in one pass of this model",
+        where="zeroth_order.sides",
+        why=f"with the batch repeated once per side it ends in {type(error).__name__}: {first}",
         fix="probe one side at a time (sides=1)",
     )
 
@@ -129,28 +157,36 @@ def _each(mode: Sides, function: Callable[[Any, torch.Tensor], torch.Tensor], x:
     return torch.cat([function(side, part) for side, part in zip(mode.sides, _split(mode, x), strict=True)])
 
 
+def _side_by_side(mode: Sides, x: torch.Tensor) -> torch.Tensor:
+    """(S, n, c) all rows of each side, whatever axes they have; no copy where they lie one after another."""
+    parts = _split(mode, x)
+    if len(x) == len(parts) * len(parts[0]):
+        return x.reshape(len(parts), -1, x.shape[-1])
+    return torch.stack([part.reshape(-1, x.shape[-1]) for part in parts])
+
+
+def _laid_out(mode: Sides, out_Snm: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The rows of all sides one after another, with the axes of `x` but for the last."""
+    rows = mode.rows if len(x) == 1 else len(x) // len(mode.sides)
+    return out_Snm.reshape(len(mode.sides) * rows, *x.shape[1:-1], out_Snm.shape[-1])
+
+
 def _linear(mode: Sides, input: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
-    name = mode.name(weight)
-    parts = _split(mode, input)
-    low_rank = name is not None and mode.directions.is_low_rank(name)
-    if len(input) == len(mode.sides) * mode.rows:  # they lie one after another, and need no copy
-        x_Sxc = input.reshape(len(mode.sides), -1, input.shape[-1])
-    else:
-        x_Sxc = torch.stack([x.reshape(-1, x.shape[-1]) for x in parts])
+    name, x_Snc = mode.name(weight), _side_by_side(mode, input)
     small = SMALL if input.is_cuda else CPU_SMALL
-    if name is not None and not low_rank and len(mode.sides) * weight.numel() > small:
-        out_Sxm = _one_after_another(mode, x_Sxc, weight, bias)
-        return out_Sxm.view(-1, *parts[0].shape[1:-1], out_Sxm.shape[-1])
-    if name is None or low_rank:
-        out_Sxm = F.linear(x_Sxc, weight)
-        if low_rank:
-            out_Sxm = out_Sxm + _low_rank(mode, name or "", x_Sxc).to(out_Sxm.dtype)
+    if name is None or mode.directions.is_low_rank(name):
+        out_Snm = F.linear(x_Snc, weight)
+        if name is not None:
+            out_Snm = out_Snm + _low_rank(mode, name, x_Snc).to(out_Snm.dtype)
+        if bias is not None:
+            out_Snm = out_Snm + mode.stacked(bias)[:, None].to(out_Snm.dtype)
+    elif len(mode.sides) * weight.numel() > small:
+        out_Snm = _one_after_another(mode, x_Snc, weight, bias)
+    elif bias is None:
+        out_Snm = torch.bmm(x_Snc, mode.stacked(weight).transpose(1, 2))
     else:
-        w_Smc = torch.stack([mode.moved(weight, s) for s in mode.sides])
-        out_Sxm = torch.matmul(x_Sxc, w_Smc.transpose(1, 2))
-    if bias is not None:
-        out_Sxm = out_Sxm + torch.stack([mode.moved(bias, s) for s in mode.sides])[:, None].to(out_Sxm.dtype)
-    return out_Sxm.reshape(-1, *parts[0].shape[1:-1], out_Sxm.shape[-1])
+        out_Snm = torch.baddbmm(mode.stacked(bias)[:, None], x_Snc, mode.stacked(weight).transpose(1, 2))
+    return _laid_out(mode, out_Snm, input)
 
 
 def _one_after_another(mode: Sides, x_Sxc: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
@@ -175,9 +211,55 @@ def _elementwise(mode: Sides, func: Function, a: Any, b: Any) -> torch.Tensor:
     vector, x, first = (a, b, True) if mode.name(a) is not None else (b, a, False)
     if not isinstance(x, torch.Tensor) or vector.dim() > 1 or x.dim() < 2:
         raise _no_rule(name_of(func))
+    moved_S1c, x_Snc = mode.stacked(vector).view(len(mode.sides), 1, -1), _side_by_side(mode, x)
+    out_Snc = func(moved_S1c, x_Snc) if first else func(x_Snc, moved_S1c)
+    return _laid_out(mode, out_Snc.to(torch.result_type(a, b)), x)  # a number alone changes no type
 
-    def one(side: Any, part: torch.Tensor) -> torch.Tensor:
-        moved = mode.moved(vector, side)
-        return func(moved, part) if first else func(part, moved)
 
-    return _each(mode, one, x)
+def _plain_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> bool:
+    """Whether a norm over the last axis computes in the type of its weights, and so may be taken apart."""
+    kinds = {value.dtype for value in (input, weight, bias) if value is not None}
+    return (
+        weight is not None
+        and len(normalized_shape) == 1
+        and input.dim() > 1
+        and kinds in ({torch.float32}, {torch.float64})
+    )
+
+
+def _layer_norm(
+    mode: Sides, input: torch.Tensor, normalized_shape: Any, weight: Any, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """One norm for all sides, and then the gain and bias of each."""
+    out_Snc = _side_by_side(mode, F.layer_norm(input, normalized_shape, eps=eps))
+    gain_S1c = mode.stacked(weight)[:, None]
+    if bias is None:
+        return _laid_out(mode, out_Snc.mul_(gain_S1c), input)
+    return _laid_out(mode, torch.addcmul(mode.stacked(bias)[:, None], out_Snc, gain_S1c, out=out_Snc), input)
+
+
+# ---- how many sides a pass takes
+
+
+def how_many(asked: int, width: int | None, batch: Batch) -> int:
+    """How many of the sides that were asked for, or on a CPU as many as gain something there.
+
+    Args:
+      width: from `width_of`; None where nothing limits them.
+      batch: of one side.
+    """
+    if max(len(x) for x in batch.values()) == 1:  # of one row alone, what lies first could be its tokens as well
+        return 1
+    if width is None or asked == 1:
+        return asked
+    fitting = WIDEST // (width * max(1, *(x.numel() for x in batch.values())))
+    return max(1, min(asked, fitting - fitting % 2))
+
+
+def width_of(model: nn.Module) -> int:
+    """The most numbers that a layer gives or takes for a token, but for a frozen output layer: some words at a time."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    frozen = isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters())
+    layers = (m for m in model.modules() if not isinstance(m, nn.Embedding) and not (frozen and m is head))
+    return max((max(p.shape) for m in layers for p in m.parameters(recurse=False) if p.dim() == 2), default=1)

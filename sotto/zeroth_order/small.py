@@ -5,7 +5,7 @@ Shape legend: e flat elements, of all tensors of a group one after another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,20 +71,31 @@ class Group:
 
 
 class Room:
-    """Small tensors at one side, and then at another in the same place."""
+    """Small tensors at one side or several, and then at as many others in the same place.
 
-    def __init__(self, groups: list[Group]):
-        self._places = [(group, group.empty()) for group in groups]
-        self._views = {
-            id(p): view
-            for group, flat_e in self._places
-            for p, view in zip(group.tensors, group.views(flat_e), strict=True)
+    Attributes:
+      stacked: id of a parameter that is in a group -> (S, ...) the parameter at each of S sides.
+    """
+
+    def __init__(self, groups: Sequence[Group], sides: int = 1):
+        self._places = [(group, group.tensors[0].detach().new_empty(sides, group.chunk)) for group in groups]
+        self.stacked = {
+            id(p): part_Se.view(sides, *p.shape)
+            for group, flat_Se in self._places
+            for p, part_Se in zip(group.tensors, flat_Se.split(group.sizes, 1), strict=True)
         }
+        views = {key: stacked.unbind() for key, stacked in self.stacked.items()}
+        self._views = [{key: of_each[side] for key, of_each in views.items()} for side in range(sides)]
 
-    def moved(self, step: int, k: int, shift: float) -> Mapping[int, torch.Tensor]:
-        """id of a parameter -> the parameter + shift * u, until the next call; of those alone that are in a group."""
-        for group, flat_e in self._places:
-            group.add(step, k, shift, group.put(flat_e))
+    def moved(self, step: int, points: Sequence[tuple[int, float]]) -> Sequence[Mapping[int, torch.Tensor]]:
+        """id of a parameter -> the parameter + shift * u_k, until the next call, for each (k, shift)."""
+        for group, flat_Se in self._places:
+            sides = flat_Se.unbind()
+            group.put(sides[0])
+            for flat_e in sides[1:]:
+                flat_e.copy_(sides[0])
+            for flat_e, (k, shift) in zip(sides, points, strict=True):
+                group.add(step, k, shift, flat_e)
         return self._views
 
 
