@@ -87,6 +87,10 @@ class Perturbed(Reading):
             self._made = dict(zip(self.sides, self._small.moved(self.step, self.sides), strict=True))
         return super().__enter__()
 
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._room = None  # where a last layer alone needs it, the next pass is widest without it
+
     def answer(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if only_about(func, args, kwargs):
             return func(*args, **kwargs)
