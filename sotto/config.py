@@ -171,7 +171,8 @@ class RunSection(Section):
     run. Default: 2 % of the steps, at least one."""
     learning_rate: Positive | None = None
     """The largest rate of the schedule. Noise asks for larger batches and larger rates than usual training. Default:
-    1e-3; with zeroth_order and sgd, a base for what is trained over `method.clip_norm` (`sotto plan` prints it)."""
+    1e-3; with zeroth_order and sgd, a base for what is trained, less where there are fewer directions, over
+    `method.clip_norm` (`sotto plan` prints it)."""
     optimizer: Literal["auto", "adamw", "sgd", "yogi"] = "auto"
     """What turns a noised gradient into an update. Post-processing: it costs no privacy. `auto` is sgd with
     zeroth_order, else adamw. `yogi` is AdamW whose scale falls slowly after a large update, for federated runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -116,10 +117,11 @@ class MethodSection(Section):
     def zeroth_rate(self) -> float:
         """The learning rate of SGD on released numbers, where none is given.
 
-        An update is about `clip_norm` long for each unit, so the rate goes as its inverse. What is left depends on what
-        is trained.
+        An update is about `clip_norm` long for each unit, so the rate goes as its inverse. The fewer directions a step
+        has, the more steps the same forward passes give, each as noisy; the best of five rates grew with their number
+        (benchmarks/RESULTS.md). What is left depends on what is trained.
         """
-        return ZEROTH_RATES[self.train] / self.clip_norm
+        return ZEROTH_RATES[self.train] * math.sqrt(self.probes / 16) / self.clip_norm
 
     @property
     def laplace(self) -> bool:

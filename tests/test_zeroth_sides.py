@@ -174,6 +174,17 @@ def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], toke
         lambda h, at: h[None, at][0],
         lambda h, at: h[..., at, :],
         lambda h, at: h[at.numpy()],
+        lambda h, at: torch.ops.aten.index.Tensor(h, [at]),
+        lambda h, at: torch.ops.aten.index_select(h, 0, at),
+        lambda h, at: torch.ops.aten.gather.default(h, 0, at[:, None].expand(-1, 6)),
+        lambda h, at: torch.zeros_like(h).masked_scatter(at[:, None] > -1, h),
+        lambda h, at: torch.zeros_like(h).put_(at[:, None] * 6 + torch.arange(6), h),
+        lambda h, at: h.msort(),
+        lambda h, at: h.flipud(),
+        lambda h, at: h.unique(dim=0),
+        lambda h, at: h.repeat_interleave((at % 2 == 0).long() * 2, 0),
+        lambda h, at: h.repeat_interleave(torch.ones(h.numel(), dtype=torch.long)).view(h.shape),
+        lambda h, at: nn.functional.embedding_bag(at[:, None], h),
         lambda h, at: h.t()[:, at].t(),
         lambda h, at: h.t()[..., at].t(),
         lambda h, at: h[None][:, at][0],
@@ -217,6 +228,7 @@ def test_what_lies_along_another_axis_may_be_as_long_as_all_rows():
     def forward(batch: Any) -> torch.Tensor:
         h = model[0](batch["x"])
         h = h[:, h[0, :, 0].argsort().sort().values].gather(1, torch.arange(8)[None, :, None].expand(h.shape))
+        h = h.repeat_interleave(2, 1)[:, ::2]
         return model[1](h).square().mean((1, 2))
 
     one, four = (prober(model, forward, sides=n).differences({"x": x}, 0) for n in (1, 4))

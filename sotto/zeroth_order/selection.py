@@ -15,13 +15,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sotto.zeroth_order.reading import Function, found_in, name_of, tensors_in
 
-_ALONG = frozenset(["index_select", "gather", "take_along_dim", "sort", "argsort", "topk", "roll", "flip"])
+_ALONG = frozenset(
+    ["index_select", "gather", "take_along_dim", "sort", "argsort", "topk", "roll", "flip", "repeat_interleave"]
+)
 """Take what lies along an axis in another order; the axis is an argument."""
-_INTO = frozenset(["index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"])
+_INTO = frozenset(
+    ["index_add", "index_copy", "index_put", "index_reduce", "put", "scatter", "scatter_add", "scatter_reduce"]
+    + ["masked_scatter"]
+)
 """Put rows in other places."""
-_FLAT = frozenset(["masked_select", "take"])
+_FLAT = frozenset(
+    ["masked_select", "take", "index", "msort", "flipud", "rot90", "unique", "unique_consecutive", "unique_dim"]
+)
+"""Take rows, or elements, in another order, and never along another axis alone."""
+_ROWS = frozenset(["embedding", "embedding_bag"])
 _MAY = frozenset(
-    name + end for name in ("__getitem__", "__setitem__", "embedding", *_ALONG, *_INTO, *_FLAT) for end in ("", "_")
+    name + end for name in ("__getitem__", "__setitem__", *_ROWS, *_ALONG, *_INTO, *_FLAT) for end in ("", "_")
 )
 """Anything else selects nothing. Asked first: nearly all functions of a pass are of this kind."""
 
@@ -56,6 +65,8 @@ class Selections(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, name_of(func)
+        if "." in name:  # an overload of an operator of torch.ops
+            name = name.partition(".")[0]
         if name not in _MAY and not self._any:
             return func(*args, **kwargs)
         tainted = self._any and any(t in self._selected for t in tensors_in((args, kwargs)))
@@ -70,7 +81,7 @@ class Selections(TorchFunctionMode):
         return out
 
     def _selects(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if name == "embedding":  # which looks up rows of whatever it is given
+        if name in _ROWS:  # which looks up rows of whatever it is given
             source = args[1] if len(args) > 1 else kwargs.get("weight")
             return not (id(source) in self.stored or id(source) in self.names)
         source = args[0] if args else kwargs.get("input")
@@ -106,5 +117,6 @@ def _axes(index: Any, source: torch.Tensor) -> list[int]:
 def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> int:
     """The axis that a function goes along; 0, which is refused, where it is not told."""
     place = 1 if name in ("index_select", "gather", "sort", "argsort", "flip") else 2
-    axis = kwargs.get("dim", kwargs.get("dims", args[place] if len(args) > place else 0 if name == "roll" else -1))
+    missing = 0 if name in ("roll", "repeat_interleave") else -1
+    axis = kwargs.get("dim", kwargs.get("dims", args[place] if len(args) > place else missing))
     return axis % max(source.dim(), 1) if isinstance(axis, int) else 0
