@@ -317,6 +317,26 @@ def test_the_check_sees_what_is_as_long_as_all_rows_by_chance(rows: int):
     assert caught.value.code == "SOT653"
 
 
+def test_the_check_sees_a_little_of_another_side():
+    """Tokens by their time and then by their text: of the right number, and each in the place of another's."""
+    torch.manual_seed(0)
+    first, inner, out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(batch: Any, mixed: bool = True) -> torch.Tensor:
+        h = first(batch["x"])
+        by_time = h.transpose(0, 1) if mixed else h
+        h = h + 1e-3 * inner(by_time.flatten(0, 1)).view(by_time.shape).transpose(0, int(mixed))
+        return out(h).square().mean((1, 2))
+
+    batch, model = {"x": torch.randn(4, 5, 3)}, nn.Sequential(first, inner, out)
+    prober(model, forward).check(batch)
+    prober(model, lambda b: forward(b, mixed=False), sides=4).check(batch)
+    with pytest.raises(SottoError) as caught:
+        prober(model, forward, sides=4).check(batch)
+    assert caught.value.code == "SOT655"
+    assert "one of several sides" in caught.value.what
+
+
 def test_tokens_one_after_another_are_the_rows_they_come_from():
     torch.manual_seed(0)
     model, x = (

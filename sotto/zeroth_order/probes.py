@@ -54,6 +54,8 @@ Forward = Callable[[Batch], torch.Tensor]
 
 CHECK_SHIFT = 1e-2
 """How far the check moves the weights: a classifier that starts at zero gives all examples one loss until then."""
+FAR_SHIFT = 1.0
+"""How far the check moves the weights of other sides."""
 
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _CHECKED_ROWS = 3
@@ -265,15 +267,17 @@ class Prober:
         """Compares the passes of the probes, of a model that can be run, with losses under weights really moved.
 
         Several sides also with one row more: what is no row, but as long as all rows of this batch by chance, is not
-        as long as those.
+        as long as those. And with the weights of one side left as they are while the others go far: whatever little
+        of another side reached it would show.
         """
-        batches = [(batch, prefix)]
+        batches, unmoved = [(batch, prefix)], [Side(points[0].k, 0.0), *(Side(p.k, FAR_SHIFT) for p in points[1:])]
         if self.sides > 1:
             more = {name: torch.cat([x, x[:1]]) for name, x in batch.items()}
             batches.append((more, self._prefix(self.parameters, more)))
         for some, kept in batches:
             try:
                 losses = self._losses(some, step, points, self.parameters, kept)
+                alone = self._losses(some, step, unmoved, self.parameters, kept)[0] if self.sides > 1 else None
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError, ValueError) as error:
@@ -283,6 +287,9 @@ class Prober:
             for truth, found in zip(truths, losses, strict=True):
                 expected = torch.cat([truth, truth])[: len(found)]
                 self._require_same(expected, found, _differ("the kept prefix or several sides at once"))
+            if alone is not None:
+                expected = _per_example(self.forward(some), _rows(some)).double()
+                self._require_same(expected, alone, _differ("one of several sides at once"))
 
     def _truth(self, batch: Batch, step: int, point: Side) -> torch.Tensor:
         """(B,) float64 losses with the weights really replaced."""

@@ -43,15 +43,16 @@ class Selections(TorchFunctionMode):
       stored: ids of what else the model holds: to look rows up there selects none of the batch.
     """
 
-    def __init__(
-        self, names: Collection[int], stored: Collection[int], rows: int, lengths: Collection[int], refuse: Any
-    ):
-        """Args:
-        rows, lengths: of the repeated batch, and what first axes with a part for each of them are as long as.
-        refuse: makes the error of a function's name.
+    def __init__(self, names: Collection[int], stored: Collection[int], lengths: Collection[int], refuse: Any):
+        """Prepares a pass.
+
+        Args:
+          names, stored: as above.
+          lengths: of axes along which all rows of the repeated batch lie, or their tokens.
+          refuse: makes the error of a function's name.
         """
         super().__init__()
-        self._rows, self._lengths = rows, lengths
+        self._lengths = lengths
         self.names, self.stored, self._refuse = names, stored, refuse
         self._selected: Any = WeakIdKeyDictionary()
         self._any = False
@@ -97,7 +98,7 @@ class Selections(TorchFunctionMode):
 
     def _rows_along(self, source: torch.Tensor, axis: int) -> bool:
         """Whether rows of the batch may lie along this axis: the first, or another one if they are not along that."""
-        return axis == 0 or (source.shape[0] not in self._lengths and source.shape[axis] % self._rows == 0)
+        return axis == 0 or (source.shape[0] not in self._lengths and source.shape[axis] in self._lengths)
 
 
 def _axes(index: Any, source: torch.Tensor) -> list[int]:

@@ -66,7 +66,7 @@ class Sides(Perturbed):
         self.rows = max(len(x) for x in batch.values())
         self.lengths, count = lengths_of(batch), len(self.sides)
         together = {count * length for length in self.lengths}
-        self._selections = Selections(self.names, {id(x) for x in stored}, count * self.rows, together, _selected)
+        self._selections = Selections(self.names, {id(x) for x in stored}, together, _selected)
 
     def __enter__(self) -> Self:
         super().__enter__()
