@@ -5,10 +5,10 @@
 
 Each run trains a classifier's head on a frozen encoder from losses alone. Everything below the head gives the same for
 all probes, so it is run once for each text, and the runs of a task share what it gave; sampling, probes, clipping,
-noise and updates are those of `sotto train`, and so is the plan. `aggzo` has one pass for each of its 16 directions and
-`dpzero` two for its one, so both take `--passes` passes of a batch of `--batch` on average: `passes / 16` steps against
-`passes / 2`. `dpzero` is tried at several rates, `aggzo` at its default one; `--rate` tries others. `laplace` is
-`aggzo` with Laplace noise at pure epsilon 4.
+noise and updates are those of `sotto train`, and so is the plan. `aggzo` has one pass for each of its 16 directions
+(`--probes`) and `dpzero` two for its one, so both take `--passes` passes of a batch of `--batch` on average: `passes /
+16` steps against `passes / 2`. `dpzero` is tried at its default rate and another, `aggzo` at its default one; `--rate`
+tries others. `laplace` is `aggzo` with Laplace noise at pure epsilon 4.
 
 The folder holds sst2/{train,dev}.tsv, sst5/stsa.fine.{train,test}, rte/{train,dev}.tsv, and ag_news/test.csv,
 movie_review_sentences/all.csv, shakespeare/by_speaker.jsonl and pii/synth_dataset_v2.json, of which each tenth or
@@ -44,7 +44,7 @@ from sotto.training import batch_of
 from sotto.zeroth_order import engine as zeroth_order
 from sotto.zeroth_order.directions import new_key
 
-GRID: dict[str, list[float | None]] = {"aggzo": [None], "dpzero": [0.03, 0.1], "laplace": [0.5, 1.5]}
+GRID: dict[str, list[float | None]] = {"aggzo": [None], "dpzero": [None, 0.1], "laplace": [0.5, 1.5]}
 """Learning rates; None is the default."""
 Rows = list[tuple[str, ...]]
 """Text, perhaps a second text, label."""
@@ -186,7 +186,8 @@ class Bench:
         values = settings(self.args, self.folder, count, self.labels, self.pairs, name) | {"method": method}
         values["privacy"]["epsilon"] = epsilon
         values["privacy"] |= {"neighboring_relation": "replace_one"} if preset == "dpzero" else {}
-        values["run"] |= {"steps": passes // (2 if preset == "dpzero" else 16), "optimizer": "sgd"}
+        method |= {} if preset == "dpzero" else {"zeroth_probes": self.args.probes}
+        values["run"] |= {"steps": passes // (2 if preset == "dpzero" else self.args.probes), "optimizer": "sgd"}
         values["run"] |= {"expected_batch_size": min(self.args.batch, count)}
         values["run"] |= {"learning_rate": rate} if rate else {}
         return sotto.Config.from_dict(values)
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--preset", action="append", choices=GRID)
     parser.add_argument("--epsilon", type=float, action="append")
     parser.add_argument("--rate", type=float, action="append")
+    parser.add_argument("--probes", type=int, default=16, help="directions of a step; dpzero has one")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--passes", type=int, default=1920, help="forward passes of a batch in a run")
     parser.add_argument("--batch", type=int, default=64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,9 +9,9 @@ from pydantic import Field, model_validator
 from sotto.config_types import Count, Fraction, Natural, Positive, Real, Section
 
 ZEROTH_RATES = {"head": 0.5, "bitfit": 0.1, "lora": 0.1, "side": 0.1, "reversible": 0.1, "full": 1e-3}
-"""SGD's rate times the clip norm, for zeroth-order runs that give no rate. `head` was measured (benchmarks/RESULTS.md);
-`full` is what DP-AggZO's recipes come to in these units, 4e-4 to 4e-3; the others stand to it as MeZO's rates for LoRA
-to those for all weights, and were not measured."""
+"""SGD's rate times the clip norm with 16 directions, for zeroth-order runs that give no rate. `head`, `lora` and
+`bitfit` were measured (benchmarks/RESULTS.md); `full` is what DP-AggZO's recipes come to in these units, 4e-4 to 4e-3;
+the others stand to it as MeZO's rates for LoRA to those for all weights, and were not measured."""
 
 
 class MethodSection(Section):
@@ -118,10 +117,10 @@ class MethodSection(Section):
         """The learning rate of SGD on released numbers, where none is given.
 
         An update is about `clip_norm` long for each unit, so the rate goes as its inverse. The fewer directions a step
-        has, the more steps the same forward passes give, each as noisy; the best of five rates grew with their number
-        (benchmarks/RESULTS.md). What is left depends on what is trained.
+        has, the more steps the same forward passes give, each as noisy: the best rates for 1, 4, 16 and 64 went as
+        their number (benchmarks/RESULTS.md). What is left depends on what is trained.
         """
-        return ZEROTH_RATES[self.train] * math.sqrt(self.probes / 16) / self.clip_norm
+        return ZEROTH_RATES[self.train] * self.probes / 16 / self.clip_norm
 
     @property
     def laplace(self) -> bool:

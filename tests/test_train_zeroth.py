@@ -315,7 +315,7 @@ def test_the_default_is_sgd_at_a_rate_that_goes_with_the_clip_norm(tmp_path: Pat
     assert (other.stepping.optimizer, other.stepping.learning_rate) == ("adamw", 1e-3)
     assert tiny_runs.config(tmp_path, run=run).stepping.optimizer == "adamw"
     assert asked.with_overrides(["run.learning_rate=0.1"]).stepping.learning_rate == 0.1
-    for changes, rate in [("zeroth_probes=4", 0.125), ("zeroth_probes=64", 0.5), ("zeroth_preset=dpzo", 0.0625)]:
+    for changes, rate in [("zeroth_probes=4", 1 / 16), ("zeroth_probes=64", 1.0), ("zeroth_preset=dpzo", 1 / 64)]:
         assert asked.with_overrides([f"method.{changes}"]).stepping.learning_rate == rate, changes
 
 
