@@ -146,16 +146,32 @@ class Routes(nn.Module):
         return self.out(out_Nd).view(len(x_BTc), -1).square().mean(1)
 
 
+def written_by_a_view(h: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    whole = torch.zeros_like(h)
+    seen = whole.view(len(h), 2, -1)
+    whole.view(-1, h.shape[1])[at] = h
+    return seen.flatten(1)
+
+
+def passes_apart(model: nn.Module, forward: Any, x: torch.Tensor, caplog: pytest.LogCaptureFixture) -> str:
+    """Why a batch is probed one side at a time, which says the same as with sides=1."""
+    one, four = (prober(model, forward, sides=n).differences({"x": x}, 0) for n in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-5, atol=1e-5)
+    assert len(caplog.messages) == 1
+    return caplog.messages[0]
+
+
 @pytest.mark.parametrize("tokens", [2, 4])
 @pytest.mark.parametrize("kind", [Selects, Routes])
-def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], tokens: int):
+def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], tokens: int, caplog: Any):
     """Else a text's loss would depend on what others select."""
     torch.manual_seed(0)
     model, x = kind().double(), torch.randn(8, tokens, 3).double()
+    if kind is Routes:
+        assert "rows that the model selected" in passes_apart(model, lambda b: model(b["x"]), x, caplog)
     with pytest.raises(SottoError) as caught:
-        prober(model, lambda b: model(b["x"]), sides=4).differences({"x": x}, 0)
-    assert caught.value.code == "SOT653"
-    assert "selected" in caught.value.what
+        prober(model, lambda b: model(b["x"]), sides=4).check({"x": x})
+    assert caught.value.code == ("SOT653" if kind is Routes else "SOT652"), "tokens that compete for places are coupled"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +180,7 @@ def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], toke
         lambda h, at: h.index_select(0, at),
         lambda h, at: h.gather(0, at[:, None].expand(-1, h.shape[1])),
         lambda h, at: h.sort(0).values,
-        lambda h, at: h[at > 0],
+        lambda h, at: h[at > -1],
         lambda h, at: h[at.tolist()],
         lambda h, at: h.masked_select(at[:, None] >= 0).view(h.shape),
         lambda h, at: torch.zeros_like(h).index_copy(0, at, h),
@@ -185,6 +201,9 @@ def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], toke
         lambda h, at: h.repeat_interleave((at % 2 == 0).long() * 2, 0),
         lambda h, at: h.repeat_interleave(torch.ones(h.numel(), dtype=torch.long)).view(h.shape),
         lambda h, at: nn.functional.embedding_bag(at[:, None], h),
+        lambda h, at: torch.take_along_dim(h, at[:, None] * 6 + torch.arange(6)).view(h.shape),
+        lambda h, at: h.flip((0,)),
+        lambda h, at: written_by_a_view(h, at),
         lambda h, at: h.t()[:, at].t(),
         lambda h, at: h.t()[..., at].t(),
         lambda h, at: h[None][:, at][0],
@@ -194,16 +213,66 @@ def test_rows_that_a_model_selects_belong_to_no_side(kind: type[nn.Module], toke
         lambda h, at: h.t()[:, at > -1].t(),
     ],
 )
-def test_ways_to_select(select: Any):
+def test_ways_to_select(select: Any, caplog: Any):
     torch.manual_seed(0)
-    first, out = nn.Linear(3, 6), nn.Linear(6, 1)
+    first, out = nn.Linear(3, 6).double(), nn.Linear(6, 1).double()
 
     def forward(batch: Any) -> torch.Tensor:
         h = first(batch["x"])
-        return out(select(h, h[:, 0].argsort()))[:, 0].square()
+        at = h[:, 0].argsort()
+        return out(select(h, at))[:, 0].square()[at.argsort()]
 
+    p = prober(nn.Sequential(first, out), forward, sides=4)
+    p.differences({"x": torch.randn(8, 3).double()}, 0)
+    assert len(caplog.messages) == 1
+    assert "rows that the model selected" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda b, ids: ids[b["attention_mask"].sum(1).argsort()],
+        lambda b, ids: torch.stack([ids[i] for i in b["attention_mask"].sum(1).argsort().tolist()]),
+        lambda b, ids: torch.stack([ids.unbind()[i] for i in b["attention_mask"].sum(1).argsort().tolist()]),
+        lambda b, ids: torch.stack([list(ids)[i] for i in b["attention_mask"].sum(1).argsort().tolist()]),
+        lambda b, ids: torch.cat([ids[i : i + 1] for i in b["attention_mask"].sum(1).argsort().tolist()]),
+        lambda b, ids: torch.cat([ids.split(1)[i] for i in b["attention_mask"].sum(1).argsort().tolist()]),
+    ],
+)
+def test_texts_that_are_sorted_by_their_lengths(order: Any):
+    """Here no batch but one of several lengths shows it, and the check makes its own."""
+    torch.manual_seed(0)
+    table, out = nn.Embedding(11, 6), nn.Linear(6, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        at = batch["attention_mask"].sum(1).argsort()
+        mask = batch["attention_mask"][at, :, None]
+        return out((table(order(batch, batch["x"])) * mask).sum(1))[:, 0].square()[at.argsort()]
+
+    batch, model = {"x": IDS % 11, "attention_mask": torch.ones_like(IDS)}, nn.Sequential(table, out)
+    prober(model, forward).check(batch)
     with pytest.raises(SottoError) as caught:
-        prober(nn.Sequential(first, out), forward, sides=4).differences({"x": torch.randn(8, 3)}, 0)
+        prober(model, forward, sides=4).check(batch)
+    assert caught.value.code == "SOT653"
+
+
+def test_texts_in_another_order_by_a_product():
+    """Of which the order is followed, as it came of sorting."""
+    torch.manual_seed(0)
+    first, inner, out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        at = batch["attention_mask"].sum(1).argsort(stable=True)
+        h = first(batch["x"])
+        turn = nn.functional.one_hot(at, len(at)).float()
+        h = inner(torch.einsum("ij,jtd->itd", turn, h)).tanh()
+        return out(torch.einsum("ij,itd->jtd", turn, h)).square().mean((1, 2))
+
+    batch = {"x": torch.randn(4, 5, 3), "attention_mask": torch.ones(4, 5)}
+    model = nn.Sequential(first, inner, out)
+    prober(model, forward).check(batch)
+    with pytest.raises(SottoError) as caught:
+        prober(model, forward, sides=4).check(batch)
     assert caught.value.code == "SOT653"
 
 
@@ -283,12 +352,12 @@ def test_one_number_as_a_weight_changes_no_type():
 
 
 def test_the_check_compares_every_side():
-    """A row that all share is moved for each side, of which this model takes the first for all."""
+    """A row that all share is moved for each side, of which this model takes the mean for all."""
     torch.manual_seed(0)
     table, places, out = nn.Embedding(11, 6), nn.Embedding(7, 6), nn.Linear(6, 1)
 
     def forward(batch: Any) -> torch.Tensor:
-        h = table(batch["x"]) + places(torch.arange(7)[None])[0]
+        h = table(batch["x"]) + places(torch.arange(7)[None]).mean(0)
         return out(h.mean(1))[:, 0].square()
 
     batch = {"x": IDS % 11}
@@ -296,6 +365,74 @@ def test_the_check_compares_every_side():
     with pytest.raises(SottoError) as caught:
         prober(nn.Sequential(table, places, out), forward, sides=4).check(batch)
     assert caught.value.code == "SOT655"
+
+
+def test_a_norm_of_a_weight_reads_it_moved():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 6).double()
+    model.register_parameter("query", nn.Parameter(torch.randn(1, 4, 6).double()))
+
+    def forward(batch: Any) -> torch.Tensor:
+        return (
+            (model(batch["x"]) + nn.functional.layer_norm(model.query, (6,), torch.ones(6).double())).sin().mean((1, 2))
+        )
+
+    x = torch.randn(5, 4, 3).double()
+    one, two = (prober(model, forward, sides=n).differences({"x": x}, 0) for n in (1, 2))
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)
+    with pytest.raises(SottoError) as caught:
+        prober(model, forward, sides=2).check({"x": x})
+    assert caught.value.code == "SOT653"
+
+
+def test_a_wide_batch_does_not_hide_that_smaller_ones_share_a_pass(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(sides, "WIDEST", 2 * 6 * 9 * 5 * 3)
+    first, inner, out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = first(batch["x"]).transpose(0, 1)
+        return out(inner(h.flatten(0, 1)).view(h.shape).transpose(0, 1).sin()).square().mean((1, 2))
+
+    p = prober(nn.Sequential(first, inner, out), forward, sides=4)
+    assert sides.how_many(4, p.width, {"x": torch.randn(9, 5, 3)}) == 2
+    assert sides.how_many(4, p.width, {"x": torch.randn(30, 5, 3)}) == 1
+    with pytest.raises(SottoError) as caught:
+        p.check({"x": torch.randn(30, 5, 3)})
+    assert caught.value.code == "SOT655"
+
+
+def test_a_loss_that_only_another_side_makes_infinite_is_seen():
+    torch.manual_seed(0)
+    first, inner, out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+    torch.nn.init.uniform_(inner.weight, -0.04, 0.04)
+
+    def forward(batch: Any) -> torch.Tensor:
+        h = first(batch["x"])
+        by_time = inner(h.transpose(0, 1).flatten(0, 1)).view(h.shape[1], len(h), 6).transpose(0, 1)
+        return out(h + 1e-7 * (30 * by_time).exp()).square().mean((1, 2))
+
+    with pytest.raises(SottoError) as caught:
+        prober(nn.Sequential(first, inner, out), forward, sides=4).check({"x": torch.randn(4, 5, 3)})
+    assert caught.value.code == "SOT655"
+
+
+def test_a_batch_that_cannot_share_a_pass_goes_one_side_at_a_time(caplog: pytest.LogCaptureFixture):
+    """Once is said, whatever number of batches follows; and what is wrong with one side too is an error."""
+    torch.manual_seed(0)
+    model, table = nn.Linear(3, 1), torch.ones(8, 1)
+
+    def forward(batch: Any) -> torch.Tensor:
+        return (model(batch["x"]) * table[: len(batch["x"])]).square()[:, 0]
+
+    one, two = (prober(model, forward, sides=n) for n in (1, 2))
+    for rows in (3, 5, 7):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(two.differences({"x": x}, 0), one.differences({"x": x}, 0), rtol=1e-4, atol=1e-4)
+    assert len(caplog.messages) == 1
+    assert "one side at a time" in caplog.messages[0]
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        two.differences({"x": torch.randn(9, 3)}, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

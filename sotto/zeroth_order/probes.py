@@ -29,6 +29,7 @@ Shape legend: B examples, U units, K directions of a step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -41,12 +42,13 @@ from torch.func import functional_call
 from sotto.errors import SottoError
 from sotto.gradients.rows import Rows
 from sotto.privacy.events import check_number
+from sotto.zeroth_order.comparison import coupled, differ, require_same, unread
 from sotto.zeroth_order.deterministic import Refusing, require_deterministic, run
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import bad_argument
 from sotto.zeroth_order.perturb import Batch, Perturbed, Side
 from sotto.zeroth_order.prefix import Prefix, capture, frozen_modules
-from sotto.zeroth_order.sides import Sides, how_many, unfit, width_of
+from sotto.zeroth_order.sides import Sides, few_and_one, how_many, unfit, width_of
 from sotto.zeroth_order.small import MOST, Group, groups
 from sotto.zeroth_order.tangents import Tangents, derivatives
 
@@ -57,8 +59,11 @@ CHECK_SHIFT = 1e-2
 FAR_SHIFT = 1.0
 """How far the check moves the weights of other sides."""
 
-_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _CHECKED_ROWS = 3
+
+FAILURES = (SottoError, RuntimeError, IndexError, ValueError, TypeError)
+"""What a pass of several sides may end in where one of one side does not."""
+_log = logging.getLogger(__name__)
 
 
 class Prober:
@@ -108,6 +113,7 @@ class Prober:
             raise bad_argument("directions", sorted(directions.shapes)[:3], why, "make them from trainable(model)")
         require_deterministic(model)
         self._scopes: dict[tuple[str, ...], _Scope] = {}
+        self._loud = logging.WARNING
         self._devices = {p.device for p in model.parameters()}
         self.width = width_of(model) if all(d.type == "cpu" for d in self._devices) else None
 
@@ -136,7 +142,7 @@ class Prober:
                 return torch.stack(found, 1) if found else torch.zeros(rows, 0, dtype=torch.float64)
             signs = (1.0,) if self.directions.centred else (1.0, -1.0)
             points = [Side(k, sign * smoothing) for k in chosen for sign in signs]
-            losses_sB = self._losses(batch, step, points, moved, prefix)
+            losses_sB = self._losses_of(batch, step, points, moved, prefix)
         if not losses_sB:
             return torch.zeros(rows, 0, dtype=torch.float64)
         if self.directions.centred:
@@ -173,6 +179,21 @@ class Prober:
             return None
         return capture(self.model, moved, self.forward, batch, self._scope(moved).frozen)
 
+    def _losses_of(
+        self, batch: Batch, step: int, points: Sequence[Side], moved: Mapping[str, nn.Parameter], prefix: Prefix | None
+    ) -> list[torch.Tensor]:
+        """(B,) float64 losses at each point, several in a pass; a batch that has no such pass goes one at a time."""
+        together = how_many(self.sides, self.width, batch)
+        try:
+            return self._losses(batch, step, points, moved, prefix, together)
+        except FAILURES as error:
+            if together == 1 or (isinstance(error, SottoError) and error.code != "SOT653"):
+                raise
+            what = error.what if isinstance(error, SottoError) else unfit(error).why
+            _log.log(self._loud, "a batch of %d rows is probed one side at a time: %s", _rows(batch), what)
+            self._loud = logging.DEBUG  # once a run is enough
+        return self._losses(batch, step, points, moved, prefix, 1)
+
     def _losses(
         self,
         batch: Batch,
@@ -180,11 +201,11 @@ class Prober:
         points: Sequence[Side],
         moved: Mapping[str, nn.Parameter],
         prefix: Prefix | None,
+        together: int = 1,
     ) -> list[torch.Tensor]:
-        """(B,) float64 losses at each point, `sides` of them in a pass."""
+        """(B,) float64 losses at each point, so many of them in a pass."""
         found: list[torch.Tensor] = []
         context: Perturbed | None = None
-        together = how_many(self.sides, self.width, batch)
         for start in range(0, len(points), together):
             sides = points[start : start + together]
             if context is None or len(sides) != len(context.sides):
@@ -249,47 +270,53 @@ class Prober:
             with Refusing():
                 (plain,) = self._pass(batch, context, None)
             if not context.asked:
-                raise _unread()
+                raise unread()
             truth = self._truth(batch, step, points[0])
             for row in sorted({0, rows // 2, rows - 1})[:_CHECKED_ROWS]:
                 alone = {name: x[row : row + 1] for name, x in batch.items()}
                 same = self._losses(alone, step, points[:1], all_, None)[0]
-                self._require_same(plain[row : row + 1], same, _coupled())
-            self._require_same(truth, plain, _differ("one perturbed weight at a time"))
+                require_same(self.model, plain[row : row + 1], same, coupled())
+            require_same(self.model, truth, plain, differ("one perturbed weight at a time"))
             truths = [truth, *(self._truth(batch, step, point) for point in points[1:])]
-            self._check_passes(batch, step, points, truths, prefix)
+            together = how_many(self.sides, self.width, batch)
+            self._check_passes(batch, step, points, truths, prefix, together)
+            if self.sides > 1:
+                self._check_sides(few_and_one(batch), step, points)
             if self.smoothing == 0:
                 self._check_derivatives(batch, rows, Tangents(all_, self.directions, step, 0), prefix)
 
     def _check_passes(
-        self, batch: Batch, step: int, points: Sequence[Side], truths: list[torch.Tensor], prefix: Prefix | None
+        self,
+        batch: Batch,
+        step: int,
+        points: Sequence[Side],
+        truths: list[torch.Tensor],
+        prefix: Prefix | None,
+        together: int,
     ) -> None:
-        """Compares the passes of the probes, of a model that can be run, with losses under weights really moved.
-
-        Several sides also with one row more: what is no row, but as long as all rows of this batch by chance, is not
-        as long as those. And with the weights of one side left as they are while the others go far: whatever little
-        of another side reached it would show.
-        """
-        batches, unmoved = [(batch, prefix)], [Side(points[0].k, 0.0), *(Side(p.k, FAR_SHIFT) for p in points[1:])]
-        if self.sides > 1:
-            more = {name: torch.cat([x, x[:1]]) for name, x in batch.items()}
-            batches.append((more, self._prefix(self.parameters, more)))
-        for some, kept in batches:
-            try:
-                losses = self._losses(some, step, points, self.parameters, kept)
-                alone = self._losses(some, step, unmoved, self.parameters, kept)[0] if self.sides > 1 else None
-            except torch.OutOfMemoryError:
+        """Compares the passes of the probes, of a model that can be run, with losses under weights really moved."""
+        try:
+            losses = self._losses(batch, step, points, self.parameters, prefix, together)
+        except FAILURES as error:
+            if together == 1 or isinstance(error, SottoError):
                 raise
-            except (RuntimeError, IndexError, ValueError) as error:
-                if self.sides == 1:
-                    raise
-                raise unfit(error) from error
-            for truth, found in zip(truths, losses, strict=True):
-                expected = torch.cat([truth, truth])[: len(found)]
-                self._require_same(expected, found, _differ("the kept prefix or several sides at once"))
-            if alone is not None:
-                expected = _per_example(self.forward(some), _rows(some)).double()
-                self._require_same(expected, alone, _differ("one of several sides at once"))
+            raise unfit(error) from error
+        for truth, found in zip(truths, losses, strict=True):
+            require_same(self.model, truth, found, differ("the kept prefix or several sides at once"))
+
+    def _check_sides(self, batch: Batch, step: int, points: Sequence[Side]) -> None:
+        """Compares passes of all sides, of rows of other lengths and in another number than the batch has.
+
+        What is no row, but as long as all rows of one batch by chance, is not as long as those of both. And the weights
+        of one side are left as they are while the others go far: whatever little of another side reached it would show.
+        """
+        prefix, found = self._prefix(self.parameters, batch), differ("one of several sides at once")
+        truths = [self._truth(batch, step, point) for point in points]
+        self._check_passes(batch, step, points, truths, prefix, self.sides)
+        apart = [Side(points[0].k, 0.0), *(Side(p.k, FAR_SHIFT) for p in points[1:])]
+        alone = self._losses(batch, step, apart, self.parameters, prefix, self.sides)[0]
+        truth = _per_example(self.forward(batch), _rows(batch)).double()
+        require_same(self.model, truth, alone, found, overflow=False)
 
     def _truth(self, batch: Batch, step: int, point: Side) -> torch.Tensor:
         """(B,) float64 losses with the weights really replaced."""
@@ -302,22 +329,12 @@ class Prober:
         with derivatives() as read:
             duals = {name: tangents.moved(p, tangents.sides[0]) for name, p in self.parameters.items()}
             truth = read(self._forward_with(duals, batch)).double()
-        self._require_same(truth, found, _differ("a tangent in the place of each weight"))
+        require_same(self.model, truth, found, differ("a tangent in the place of each weight"))
 
     def _forward_with(self, weights: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         holder = _Holder(self.model, self.forward)
         named = {f"model.{name}": value for name, value in weights.items()}
         return functional_call(holder, named, (batch,), tie_weights=True)
-
-    def _require_same(self, a: torch.Tensor, b: torch.Tensor, error: SottoError) -> None:
-        types = {p.dtype for p in self.model.parameters()}
-        autocast = torch.is_autocast_enabled(a.device.type)
-        tolerance = max([2e-4, *(_TOLERANCE.get(t, 0.0) for t in types)])
-        if autocast:
-            tolerance = max(tolerance, _TOLERANCE[torch.bfloat16])
-        finite = torch.isfinite(a) & torch.isfinite(b)
-        if bool(((a - b).abs() > tolerance * (1 + a.abs()))[finite].any()):
-            raise error
 
 
 class _Scope(NamedTuple):
@@ -365,27 +382,3 @@ def _per_example(losses: torch.Tensor, rows: int) -> torch.Tensor:
             fix="compute the loss from logits in float32",
         )  # fmt: skip
     return losses
-
-
-def _coupled() -> SottoError:
-    return SottoError(
-        "SOT652", what="an example's loss depends on the other examples of the batch", where="forward",
-        why="then clipping each example bounds nobody's influence",
-        fix="use a loss with reduction='none' and no normalisation over the batch, and mask padding",
-    )  # fmt: skip
-
-
-def _unread() -> SottoError:
-    return SottoError(
-        "SOT655", what="no function of the forward pass is given a trainable weight", where="zeroth_order.probes",
-        why="every direction would say zero, and the steps would be noise alone",
-        fix="train weights of the model that the loss is computed with, and no scripted copy of it",
-    )  # fmt: skip
-
-
-def _differ(what: str) -> SottoError:
-    return SottoError(
-        "SOT655", what=f"{what} gives other losses than moved weights do", where="zeroth_order.probes",
-        why="the numbers would not be derivatives along the directions", fix="set sides=1 and reuse_prefix=False; if "
-        "it stays, the model reads weights where torch functions cannot be overridden (a scripted module)",
-    )  # fmt: skip

@@ -28,9 +28,20 @@ _FLAT = frozenset(
     ["masked_select", "take", "index", "msort", "flipud", "rot90", "unique", "unique_consecutive", "unique_dim"]
 )
 """Take rows, or elements, in another order, and never along another axis alone."""
+_PIECES = frozenset(
+    ["unbind", "__iter__", "split", "chunk", "tensor_split", "split_with_sizes", "narrow", "narrow_copy", "select"]
+    + ["unsafe_split", "unsafe_chunk", "slice"]
+)
+"""Take some of what lies along an axis, or each by itself."""
+_SECOND = frozenset(
+    ["index_select", "gather", "sort", "argsort", "flip", "unbind", "narrow", "narrow_copy", "select", "slice"]
+)
+"""Whose axis is the second argument; of others it is the third."""
 _ROWS = frozenset(["embedding", "embedding_bag"])
 _MAY = frozenset(
-    name + end for name in ("__getitem__", "__setitem__", *_ROWS, *_ALONG, *_INTO, *_FLAT) for end in ("", "_")
+    name + end
+    for name in ("__getitem__", "__setitem__", *_ROWS, *_ALONG, *_PIECES, *_INTO, *_FLAT)
+    for end in ("", "_")
 )
 """Anything else selects nothing. Asked first: nearly all functions of a pass are of this kind."""
 
@@ -70,54 +81,69 @@ class Selections(TorchFunctionMode):
             name = name.partition(".")[0]
         if name not in _MAY and not self._any:
             return func(*args, **kwargs)
-        tainted = self._any and any(t in self._selected for t in tensors_in((args, kwargs)))
+        tainted = self._any and any(map(self._is_selected, tensors_in((args, kwargs))))
         if tainted and found_in([*args, *kwargs.values()], self.names):
             raise self._refuse(name)
         out = func(*args, **kwargs)
         if tainted or self._selects(name, args, kwargs):
             written = [args[0]] if args and (name == "__setitem__" or name.endswith("_")) else []
             for tensor in tensors_in([out, *written]):
-                if tensor.is_floating_point():
-                    self._selected[tensor] = self._any = True
+                self._selected[tensor] = self._any = True
+                if tensor._base is not None:  # of which it is a view, as others may be
+                    self._selected[tensor._base] = True
         return out
+
+    def _is_selected(self, tensor: torch.Tensor) -> bool:
+        return tensor in self._selected or (tensor._base is not None and tensor._base in self._selected)
 
     def _selects(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name in _ROWS:  # which looks up rows of whatever it is given
             source = args[1] if len(args) > 1 else kwargs.get("weight")
             return not (id(source) in self.stored or id(source) in self.names)
         source = args[0] if args else kwargs.get("input")
-        if not isinstance(source, torch.Tensor) or not source.is_floating_point() or id(source) in self.stored:
+        # A mask is taken apart everywhere, to say who attends to whom, and becomes nothing that a weight is given.
+        if not isinstance(source, torch.Tensor) or source.dtype == torch.bool or id(source) in self.stored:
             return False
         if name == "__setitem__" and not (isinstance(args[2], torch.Tensor) and args[2].dim() > 0):
             return False  # one number goes wherever it should
         if name in ("__getitem__", "__setitem__"):
-            return any(self._rows_along(source, axis) for axis in _axes(args[1], source))
+            return any(self._takes(source, axis, part) for axis, part in _parts(args[1], source))
+        if name in _PIECES:
+            return any(self._lie_along(source, axis) for axis in _axes(name, args, kwargs, source))
         if name in _ALONG:
-            return self._rows_along(source, _axis(name, args, kwargs, source))
+            return any(axis == 0 or self._lie_along(source, axis) for axis in _axes(name, args, kwargs, source))
         return name in _FLAT or name.rstrip("_") in _INTO
 
-    def _rows_along(self, source: torch.Tensor, axis: int) -> bool:
-        """Whether rows of the batch may lie along this axis: the first, or another one if they are not along that."""
-        return axis == 0 or (source.shape[0] not in self._lengths and source.shape[axis] in self._lengths)
+    def _takes(self, source: torch.Tensor, axis: int, part: Any) -> bool:
+        if isinstance(part, slice) and part.indices(source.shape[axis]) == (0, source.shape[axis], 1):
+            return False
+        return self._lie_along(source, axis) or (axis == 0 and not isinstance(part, slice | int))
+
+    def _lie_along(self, source: torch.Tensor, axis: int) -> bool:
+        """Whether all rows of the batch may lie along this axis: an axis of that length, and none before all others."""
+        if source.dim() == 0 or source.shape[axis] not in self._lengths:
+            return False
+        return axis == 0 or source.shape[0] not in self._lengths
 
 
-def _axes(index: Any, source: torch.Tensor) -> list[int]:
-    """The axes along which an index takes by number or mask."""
+def _parts(index: Any, source: torch.Tensor) -> list[tuple[int, Any]]:
+    """An axis and what is taken along it, for each part of an index."""
     parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not None]
     wide = [part.dim() if isinstance(part, torch.Tensor) and part.dtype == torch.bool else 1 for part in parts]
     wide = [0 if isinstance(part, bool) else n for part, n in zip(parts, wide, strict=True)]
     open_ = source.dim() - sum(n for part, n in zip(parts, wide, strict=True) if part is not Ellipsis)
     found, axis = [], 0
     for part, n in zip(parts, wide, strict=True):
-        if not isinstance(part, slice | int) and part is not Ellipsis:
-            found += range(axis, axis + n)
+        if part is not Ellipsis:
+            found += [(at, part) for at in range(axis, min(axis + n, source.dim()))]
         axis += open_ if part is Ellipsis else n
     return found
 
 
-def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> int:
-    """The axis that a function goes along; 0, which is refused, where it is not told."""
-    place = 1 if name in ("index_select", "gather", "sort", "argsort", "flip") else 2
-    missing = 0 if name in ("roll", "repeat_interleave") else -1
-    axis = kwargs.get("dim", kwargs.get("dims", args[place] if len(args) > place else missing))
-    return axis % max(source.dim(), 1) if isinstance(axis, int) else 0
+def _axes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> list[int]:
+    """The axes that a function goes along; 0, which is refused, where none is told and it means all."""
+    place = 1 if name in _SECOND else 2
+    missing = -1 if name in ("sort", "argsort", "topk") else 0
+    told = kwargs.get("dim", kwargs.get("dims", args[place] if len(args) > place else missing))
+    several = told if isinstance(told, tuple | list) else (told,)
+    return [axis % max(source.dim(), 1) if isinstance(axis, int) else 0 for axis in several]

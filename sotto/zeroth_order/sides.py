@@ -94,7 +94,7 @@ class Sides(Perturbed):
         name, first = name_of(func), args[0] if args else None
         if func is F.linear and self.name(first) is None:
             return _linear(self, *args, **kwargs)
-        if func is F.layer_norm and _plain_norm(*args, **kwargs):
+        if func is F.layer_norm and self.name(first) is None and _plain_norm(*args, **kwargs):
             return _layer_norm(self, *args, **kwargs)
         if name in ("embedding", "layer_norm", "rms_norm") and args and self.name(first) is None:
             return _each(self, lambda side, x: self.one_side(func, (x, *args[1:]), kwargs, side), args[0])
@@ -254,6 +254,20 @@ def how_many(asked: int, width: int | None, batch: Batch) -> int:
         return asked
     fitting = WIDEST // (width * max(1, *(x.numel() for x in batch.values())))
     return max(1, min(asked, fitting - fitting % 2))
+
+
+def few_and_one(batch: Batch) -> dict[str, torch.Tensor]:
+    """Some rows of a batch and one of them shortened, where a mask says how long it is; not as many as the batch has.
+
+    So a model that sorts texts by their lengths has something to sort.
+    """
+    few = 3 if len(next(iter(batch.values()))) == 3 else 2
+    found = {name: torch.cat([x[:few], x[:1]]) for name, x in batch.items()}
+    mask = found.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        kept = mask[-1].cumsum(0) <= (mask[-1].sum() // 2).clamp(min=1)
+        mask[-1] = torch.where(kept, mask[-1], torch.zeros_like(mask[-1]))
+    return found
 
 
 def width_of(model: nn.Module) -> int:
