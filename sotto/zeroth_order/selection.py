@@ -2,6 +2,9 @@
 
 Which row belongs to which side is told from its place. Tokens that a model picks out, as experts do, have lost theirs:
 taken for those of a side, they would make a text's loss depend on what other texts select.
+
+Limits. Not followed is what scripted functions, nested tensors and the inside of a `torch.vmap` select. The check of
+the first batch (`probes.Prober.check`), with texts of several lengths, is what finds those.
 """
 
 from __future__ import annotations
