@@ -257,8 +257,10 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bits(
     after = dict(whole.vendor.top.state_dict())
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     trained = {name for name, p in whole.vendor.top.named_parameters() if p.requires_grad}
-    # With one row for each text, attention has nothing to choose from.
-    assert moved == {n for n in trained if not (setting["privatizer"] == "gaussian_pooled" and _chooses(n))}
+    # With one row for each text, attention has nothing to choose from: its gradient is zero, or on some processors the
+    # rounding of two sums that are the same.
+    idle = {n for n in trained if setting["privatizer"] == "gaussian_pooled" and _chooses(n)}
+    assert trained - idle <= moved <= trained
     original, calls, path = Vendor._save, iter(range(1000)), tmp_path / "runs" / "broken"
 
     def crash(self: Vendor, folder: Path) -> None:
