@@ -1,4 +1,4 @@
-"""Moved weights on the CPU: the sum that three operations would give, in whatever parts, by one thread or several."""
+"""Moved weights on the CPU: the sum that three operations would give, in whatever parts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(processor, "WORDS", 4096)
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-
-
 def direction(kind: str, **others: Any) -> Directions:
     return Directions(KEY, SHAPES, 3, Law(kind), **others)
 
@@ -46,7 +41,7 @@ def moved(made: Directions, first: int = 0, stop: int = SIZE, target: torch.Tens
 
 
 @pytest.mark.parametrize("kind", LAWS)
-def test_entries_products_and_sums_are_each_rounded(kind, small_parts, threads):
+def test_entries_products_and_sums_are_each_rounded(kind, small_parts):
     made = direction(kind)
     product_e = made.slice("w", 5, 1, 0, SIZE).mul(FACTOR)
     expected_e = source().add(product_e)
@@ -55,13 +50,13 @@ def test_entries_products_and_sums_are_each_rounded(kind, small_parts, threads):
         assert torch.equal(moved(made, first, stop), expected_e[first:stop])
 
 
-def test_the_target_may_be_the_source(small_parts, threads):
+def test_the_target_may_be_the_source(small_parts):
     made, total_e = direction("gaussian"), source()
     assert processor.add(made.stream("w", 5, 1), FACTOR, total_e, 0, total_e)
     assert torch.equal(total_e, moved(made))
 
 
-def test_sums_begin_at_a_zero_without_a_sign(threads):
+def test_sums_begin_at_a_zero_without_a_sign():
     """As a GPU's do; a product alone would be -0 in half of the places."""
     zero_e = torch.zeros(SIZE)
     assert processor.add(direction("rademacher").stream("w", 5, 1), 0.0, zero_e, 0, zero_e)
@@ -94,7 +89,7 @@ def test_nothing_is_done_where_another_way_is_right():
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
-def test_sums_that_are_too_large_are_infinite_and_no_warning(kind, small_parts, threads):
+def test_sums_that_are_too_large_are_infinite_and_no_warning(kind, small_parts):
     huge_e = torch.full((SIZE,), 3e38)
     assert processor.add(direction(kind).stream("w", 5, 1), 3e38, huge_e, 0, huge_e)
     assert huge_e.isinf().any()
@@ -115,10 +110,8 @@ def test_threads_that_move_weights_at_once_do_not_disturb_one_another(small_part
     [torch.inference_mode(), torch.device("meta"), FakeTensorMode()],
     ids=["inference", "meta", "fake"],
 )
-@pytest.mark.parametrize("count", [1, 2])
-def test_what_torch_was_doing_does_not_stay(state, count, monkeypatch):
+def test_what_torch_was_doing_does_not_stay(state):
     """Rooms and constants that were made in one of its modes would be of that mode for good."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
     processor._rooms.__dict__.clear()
     weights, shapes = {"w": source()}, {"w": torch.Size((SIZE,)), "t": torch.Size((9, 5))}
 

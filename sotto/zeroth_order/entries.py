@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from sotto.zeroth_order import counter, kernels, laws, walsh
@@ -19,8 +20,8 @@ CHUNK = 1 << 20
 """Entries made at a time. Their words take little room, and to begin with them takes as long as thousands of them."""
 DEVICE_CHUNK = 1 << 22
 """Entries made at a time on a GPU, where every operation takes a while to start, however little it does."""
-PIECE = 1 << 17
-"""Signs that are expanded from their bits at a time: small enough for the cache of one core."""
+PIECE = 1 << 16
+"""Entries in that place: with what they are added to it fits into the cache of a core."""
 _RUN_BITS = laws.RUN.bit_length() - 1
 _PLACES = " places"
 """Ends the role of the stream that says where a role's sizes are in the table."""
@@ -37,7 +38,7 @@ class Entries:
           rows: of the Walsh-Hadamard matrix that multiplies signs where the law is `orthogonal`.
         """
         self.law, self._key, self._rows = law, key, rows
-        self._room = torch.empty(PIECE, dtype=torch.float32)  # whatever the process' default is
+        self._room = np.empty(PIECE, dtype=np.float32)
         self._keys: dict[tuple[str, str], int] = {}
 
     def key(self, name: str, role: str) -> int:
@@ -77,20 +78,10 @@ class Entries:
         Args:
           stretch: what Gaussian entries are multiplied with.
         """
+        stream = self.stream(name, "entry", step, k)._replace(stretch=stretch)
         for begin in range(start, stop, CHUNK):
-            end = min(begin + CHUNK, stop)
-            first = begin // laws.PER_WORD
-            stream = self.stream(name, "entry", step, k)
-            words_w, sizes = stream.words(first, -(-end // laws.PER_WORD)), stream.sizes(begin, end)
-            for w in range(0, len(words_w), PIECE // laws.PER_WORD):
-                some_w = words_w[w : w + PIECE // laws.PER_WORD]
-                at = laws.PER_WORD * (first + w)
-                laws.signs(some_w, self._room.numpy())
-                low, high = max(begin, at), min(end, at + laws.PER_WORD * len(some_w))
-                part = self._room[low - at : high - at]
-                if sizes is not None:
-                    sizes.give(part.numpy(), low, stretch)
-                yield low, high, part
+            for low, high, part_e in stream.pieces(begin, min(begin + CHUNK, stop), self._room):
+                yield low, high, torch.from_numpy(part_e)  # pyright: ignore[reportUnknownMemberType]
 
     def rows(self, name: str, step: int, k: int, rows_n: torch.Tensor, columns: int) -> torch.Tensor:
         """(n, c) entries of some rows of a matrix, on the device of their numbers."""

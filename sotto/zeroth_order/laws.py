@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 from typing import Any
 
@@ -102,11 +103,6 @@ class Sizes:
         """
         self._runs, self._place_r = runs, places(words_r).astype(np.int64)
 
-    def places(self, start: int, stop: int) -> Integers:
-        """(r,) where in the table those runs begin that have some of these entries."""
-        found = runs(start, stop)
-        return self._place_r[found.start - self._runs.start : found.stop - self._runs.start]
-
     def give(self, signs_e: Floats, start: int, stretch: float = 1.0, factor: float = 1.0) -> None:
         """Turns signs, of the entries from number `start` on, into entries times one number and another; in place."""
         table, stop = stretched(stretch, factor), start + len(signs_e)
@@ -148,6 +144,28 @@ def signs(words_w: counter.Words, room: Floats | None = None, stretch: float = 1
     return (
         sign_table(stretch, factor).take(bytes_n, axis=0, out=target, mode="clip").reshape(-1)
     )  # no byte is out of range
+
+
+def pieces(
+    words_w: counter.Words, sizes: Sizes | None, start: int, stop: int, room: Floats, stretch: float, factor: float
+) -> Iterator[tuple[int, int, Floats]]:
+    """Entries `start` to `stop` times one number and another, in parts that fit into a room: (first, last, entries).
+
+    Args:
+      words_w: of their signs, from the word on that entry `start` is in.
+      room: filled again for each part; its length is a multiple of PER_WORD.
+    """
+    begin, size = start - start % PER_WORD, len(room)
+    bytes_n, room_n8 = as_bytes(words_w), room.reshape(-1, 8)
+    table = sign_table(stretch, factor) if sizes is None else sign_table(1.0, 1.0)
+    for first in range(begin, stop, size):
+        some_n = bytes_n[(first - begin) // 8 :][: size // 8]
+        table.take(some_n, axis=0, out=room_n8[: len(some_n)], mode="clip")  # no byte is out of range
+        low, high = max(first, start), min(first + size, stop)
+        part_e = room[low - first : high - first]
+        if sizes is not None:
+            sizes.give(part_e, low, stretch, factor)
+        yield low, high, part_e
 
 
 def signs_on_device(words_xw: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Where weights are moved on the CPU: signs, sizes and sums of a small part at a time.
 
 What goes through memory once, and not through a cache, costs most of the time of a moved weight, so entries are made in
-one small place, over and over. Where torch has several threads its own operations make them. Threads of ours would have
-to share the cores with torch's, which go on waiting for work for milliseconds: with two of each, moving a weight took
-longer than with one.
+one small place, over and over. One thread does it, with numpy. Torch's threads took as long where they wait at work,
+and twice as long where they sleep and are woken for every operation (`OMP_WAIT_POLICY=passive`). Threads of ours would
+share the cores with those, and hand Python's lock to one another: no faster either.
 
 Shape legend: e entries, n blocks of four words w, b bytes of signs, r runs of R entries, T tensors.
 """
@@ -19,9 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sotto.zeroth_order import counter, laws, walsh
+from sotto.zeroth_order.entries import PIECE
 
-PIECE = 1 << 19
-"""Entries of a part, with several threads; with one, a quarter as many, which fit into the cache of a core."""
 WORDS = 1 << 22
 """Entries whose words are drawn at a time. To begin with them takes as long as thousands of them."""
 FEW = 1 << 17
@@ -83,61 +82,11 @@ def add(stream: walsh.Stream | None, factor: float, source_e: torch.Tensor, firs
 
 
 def _add(stream: walsh.Stream, factor: float, source_e: torch.Tensor, first: int, target_e: torch.Tensor) -> None:
-    begin, last = first - first % laws.PER_WORD, first + len(target_e)
-    words_w = stream.words(begin // laws.PER_WORD, -(-last // laws.PER_WORD))
-    sizes, alone = stream.sizes(first, last), torch.get_num_threads() == 1
-    piece, put = (PIECE // 4, _put_alone) if alone else (PIECE, _put)
-    for start in range(begin, last, piece):
-        low, high = max(start, first), min(start + piece, last)
-        some_w = words_w[(start - begin) // laws.PER_WORD :][: piece // laws.PER_WORD]
-        at = slice(low - first, high - first)
-        put(stream, factor, some_w, slice(low - start, high - start), sizes, low, source_e[at], target_e[at])
-
-
-def _put_alone(
-    stream: walsh.Stream, factor: float, words_w: counter.Words, part: slice, sizes: laws.Sizes | None, first: int,
-    source_e: torch.Tensor, target_e: torch.Tensor,
-) -> None:  # fmt: skip
-    """One part, by one thread, for which numpy needs half of torch's time."""
-    room = _room("signs", laws.PER_WORD * len(words_w)).numpy()
-    if sizes is None:
-        shifts_e = laws.signs(words_w, room, stream.stretch, factor)[part]
-    else:
-        shifts_e = laws.signs(words_w, room)[part]
-        sizes.give(shifts_e, first, stream.stretch, factor)
+    source, target, room = source_e.numpy(), target_e.numpy(), _room("signs", PIECE).numpy()
     with np.errstate(over="ignore", invalid="ignore"):  # weights that grew too large are no news here, as in torch
-        np.add(source_e.numpy(), shifts_e, out=target_e.numpy())
-
-
-def _put(
-    stream: walsh.Stream, factor: float, words_w: counter.Words, part: slice, sizes: laws.Sizes | None, first: int,
-    source_e: torch.Tensor, target_e: torch.Tensor,
-) -> None:  # fmt: skip
-    """One part, by torch's threads.
-
-    Args:
-      words_w: of signs, of which `part` is wanted.
-      sizes, first: of some runs; which entries the part begins with.
-    """
-    numbers = (stream.stretch, factor) if sizes is None else (1.0, 1.0)
-    signs_e = _room("signs", laws.PER_WORD * len(words_w))
-    bytes_b = torch.from_numpy(laws.as_bytes(words_w)).int()
-    torch.index_select(torch.from_numpy(laws.sign_table(*numbers)), 0, bytes_b, out=signs_e.view(-1, 8))
-    if sizes is None:
-        torch.add(source_e, signs_e[part], out=target_e)
-    else:
-        sizes_e = _sizes(laws.stretched(stream.stretch, factor), sizes, first, first + len(source_e))
-        # A sign changes no digit of a size, so it does not matter whether this product is rounded.
-        torch.addcmul(source_e, signs_e[part], sizes_e, out=target_e)
-
-
-def _sizes(table: laws.Floats, sizes: laws.Sizes, start: int, stop: int) -> torch.Tensor:
-    """(stop - start,) sizes of the entries from number `start` on, in a place that the next call takes again."""
-    places_r = torch.from_numpy(sizes.places(start, stop))
-    room_rR = _room("sizes", laws.RUN * len(places_r)).view(-1, laws.RUN)
-    anywhere = torch.from_numpy(table).as_strided((laws.SIZES, laws.RUN), (1, 1))  # row p is the run from place p on
-    torch.index_select(anywhere, 0, places_r, out=room_rR)
-    return room_rR.view(-1)[start % laws.RUN :][: stop - start]
+        for low, high, shifts_e in stream.pieces(first, first + len(target), room, factor):
+            at = slice(low - first, high - first)
+            np.add(source[at], shifts_e, out=target[at])
 
 
 def _room(name: str, size: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ Shape legend: w words of a tensor, K directions of a step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +58,13 @@ class Stream(NamedTuple):
             return words_w
         parity_w = np.bitwise_count(number_w & self.row) & 1
         return words_w ^ np.uint32(self.low) ^ (parity_w.astype(np.uint32) * np.uint32(_ALL))
+
+    def pieces(
+        self, start: int, stop: int, room: laws.Floats, factor: float = 1.0
+    ) -> Iterator[tuple[int, int, laws.Floats]]:
+        """Entries `start` to `stop` times a factor, on the CPU: `laws.pieces`. All their words are drawn at once."""
+        words_w = self.words(start // laws.PER_WORD, -(-stop // laws.PER_WORD))
+        return laws.pieces(words_w, self.sizes(start, stop), start, stop, room, self.stretch, factor)
 
     def sizes(self, start: int, stop: int) -> laws.Sizes | None:
         """Those of the entries from number `start` to `stop`; None where they are signs."""
