@@ -36,6 +36,8 @@ from sotto.zeroth_order.walsh import Stream
 BLOCK = 5 << 18
 """Elements of a matrix up to which it is moved as a whole. A quarter above 2^20, so that one of (768, 3072) has two
 parts: in three, with 256 outputs each, its product took 5 % longer."""
+FEWEST = 384
+"""Outputs that are computed at a time, for the same reason, where they take no more than half the room of the inputs."""
 DEVICE_BLOCK = 1 << 24
 """The same on a GPU, which is faster at few large products."""
 ALIGNED = 64
@@ -179,7 +181,7 @@ class Perturbed(Reading):
     ) -> torch.Tensor:
         """Some outputs at a time, so that a large moved matrix never exists as a whole."""
         m, c = weight.shape
-        rows = _rows_at_once(weight)
+        rows = _rows_at_once(weight, input.numel() // max(1, c))
         if rows >= m and weight.is_cuda:
             return F.linear(input, self.moved(weight, side), bias)
         if rows >= m:
@@ -197,7 +199,7 @@ class Perturbed(Reading):
         """Fills `out_nm` with x W^T + bias, for a perturbed W and a bias that is moved already."""
         m, c = weight.shape
         made, kind = self.made(weight, side), out_nm.dtype
-        rows = _rows_at_once(weight) if made is None else m
+        rows = _rows_at_once(weight, len(x_nc)) if made is None else m
         room = self._room_of(weight, min(rows, m) * c) if made is None else made.reshape(-1)
         for start in range(0, m, rows):
             at = slice(start, min(start + rows, m))
@@ -273,10 +275,12 @@ def kind_of(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _rows_at_once(weight: torch.Tensor) -> int:
-    """Outputs of a linear layer that are computed at once; of one size, as few take longer than their share."""
-    blocks = max(1, -(-weight.numel() // (DEVICE_BLOCK if weight.is_cuda else BLOCK)))
-    rows = max(1, -(-len(weight) // blocks))
+def _rows_at_once(weight: torch.Tensor, inputs: int) -> int:
+    """Outputs of a linear layer that are computed at once, for so many inputs; of one size, as few take longer than
+    their share."""
+    m, c = weight.shape
+    most = DEVICE_BLOCK // max(1, c) if weight.is_cuda else max(BLOCK // max(1, c), min(FEWEST, inputs // 2))
+    rows = max(1, -(-m // max(1, -(-m // max(1, most)))))
     return rows + (-rows % ALIGNED if rows > ALIGNED else 0)
 
 
