@@ -37,7 +37,7 @@ BLOCK = 5 << 18
 """Elements of a matrix up to which it is moved as a whole. A quarter above 2^20, so that one of (768, 3072) has two
 parts: in three, with 256 outputs each, its product took 5 % longer."""
 FEWEST = 384
-"""Outputs that are computed at a time, for the same reason, where they take no more than half the room of the inputs."""
+"""Outputs computed at a time, for the same reason, where they take no more than half the room of the inputs."""
 DEVICE_BLOCK = 1 << 24
 """The same on a GPU, which is faster at few large products."""
 ALIGNED = 64
