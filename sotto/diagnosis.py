@@ -18,6 +18,7 @@ def examine() -> list[tuple[str, bool, str]]:
         ("python", sys.version_info >= (3, 11), sys.version.split()[0]),
         *_libraries(),
         _devices(),
+        _compiler(),
         _memory(),
         _noise(),
         _ledger(),
@@ -41,6 +42,17 @@ def _devices() -> tuple[str, bool, str]:
     if not torch.cuda.is_available():
         return "device", True, f"CPU, {torch.get_num_threads()} threads (no CUDA device)"
     return "device", True, ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _compiler() -> tuple[str, bool, str]:
+    from sotto.zeroth_order import compiled
+
+    slower = "none that works, or SOTTO_COMPILE is 0: zeroth order moves large weights by numpy, which takes longer"
+    return (
+        "compiler",
+        True,
+        slower if compiled.loop() is None else "zeroth order moves large weights by a compiled loop",
+    )
 
 
 def _memory() -> tuple[str, bool, str]:

@@ -10,13 +10,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sotto.zeroth_order import laws, processor
+from sotto.zeroth_order import compiled, laws, processor
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import LAWS, Law
 from sotto.zeroth_order.small import LARGEST, Room, groups
 
 KEY, SIZE, FACTOR = "0123456789abcdef0123456789abcdef", 9 * 1000 + 7, 0.3
 SHAPES = {"before": torch.Size((131,)), "w": torch.Size((SIZE,))}
+
+
+@pytest.fixture(params=["numpy", "compiled"], autouse=True)
+def way(request, monkeypatch):
+    """Each of the two ways for tensors of any size."""
+    if request.param == "compiled" and compiled.loop() is None:
+        pytest.skip("no C compiler that works")
+    monkeypatch.setattr(compiled, "LEAST", 1 if request.param == "compiled" else 1 << 60)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sotto.zeroth_order import counter, laws, walsh
+from sotto.zeroth_order import laws, walsh
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
@@ -90,24 +90,16 @@ def _compiled(device: torch.device) -> Any:
 
 def agree(kernel: Any, device: torch.device) -> bool:
     """Whether the kernels give on a device what the processor gives, under every law of entries."""
-    sizes, step, k = {"v": 131, "w": 9 * 5000}, 5, 2
-    rows = walsh.Rows("0" * 32, sizes, 3)
-    for kind in ("rademacher", "orthogonal", "gaussian"):
-        streams: dict[str, walsh.Stream] = {}
+    sizes = {"v": 131, "w": 9 * 5000}
+    for streams in walsh.examples(sizes):
         expected: dict[str, torch.Tensor] = {}
         for name, n in sizes.items():
-            key = counter.stream_key("0" * 32, name, "entry")
-            streams[name] = walsh.Stream(key, step, k)
-            if kind == "orthogonal":
-                streams[name] = rows.stream(name, key, step, k)
-            if kind == "gaussian":
-                streams[name] = walsh.Stream(key, step, k, places=key ^ 1, stretch=0.5)
             entries = laws.signs(streams[name].words(0, -(-n // laws.PER_WORD)))[:n]
             sizes_e = streams[name].sizes(0, n)
             if sizes_e is not None:
                 sizes_e.give(entries, 0, streams[name].stretch)
             expected[name] = torch.tensor(entries)
-        if not _agree_on(kernel, device, streams, expected, 1e-6 if kind == "gaussian" else 0.0):
+        if not _agree_on(kernel, device, streams, expected, 0.0 if streams["w"].places is None else 1e-6):
             return False
     return True
 

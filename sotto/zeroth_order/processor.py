@@ -1,9 +1,9 @@
 """Where weights are moved on the CPU: signs, sizes and sums of a small part at a time.
 
 What goes through memory once, and not through a cache, costs most of the time of a moved weight, so entries are made in
-one small place, over and over. One thread does it, with numpy. Torch's threads took as long where they wait at work,
-and twice as long where they sleep and are woken for every operation (`OMP_WAIT_POLICY=passive`). Threads of ours would
-share the cores with those, and hand Python's lock to one another: no faster either.
+one small place, over and over: by one thread with numpy, or where a large tensor is moved and there is a C compiler, by
+a loop that makes them where they are added (`compiled`). Torch's operations in the place of numpy's took as long where
+its threads wait at work, and twice as long where they sleep and are woken for every one (`OMP_WAIT_POLICY=passive`).
 
 Shape legend: e entries, n blocks of four words w, b bytes of signs, r runs of R entries, T tensors.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sotto.zeroth_order import counter, laws, walsh
+from sotto.zeroth_order import compiled, counter, laws, walsh
 from sotto.zeroth_order.entries import PIECE
 
 WORDS = 1 << 22
@@ -74,15 +74,16 @@ def add(stream: walsh.Stream | None, factor: float, source_e: torch.Tensor, firs
         return False
     if isinstance(target_e, FakeTensor):  # in a forecast, what takes no memory is not run
         return True
-    source_e, target_e = source_e.detach(), target_e.detach()
-    for start in range(0, len(target_e), WORDS):
-        part = slice(start, start + WORDS)
-        _add(stream, factor, source_e[part], first + start, target_e[part])
+    source, target = source_e.detach().numpy(), target_e.detach().numpy()
+    if not compiled.move(stream, factor, source, first, target):
+        for start in range(0, len(target), WORDS):
+            part = slice(start, start + WORDS)
+            _add(stream, factor, source[part], first + start, target[part])
     return True
 
 
-def _add(stream: walsh.Stream, factor: float, source_e: torch.Tensor, first: int, target_e: torch.Tensor) -> None:
-    source, target, room = source_e.numpy(), target_e.numpy(), _room("signs", PIECE).numpy()
+def _add(stream: walsh.Stream, factor: float, source: laws.Floats, first: int, target: laws.Floats) -> None:
+    room = _room("signs", PIECE).numpy()
     with np.errstate(over="ignore", invalid="ignore"):  # weights that grew too large are no news here, as in torch
         for low, high, shifts_e in stream.pieces(first, first + len(target), room, factor):
             at = slice(low - first, high - first)

@@ -140,6 +140,15 @@ class Rows:
         return word ^ _ALL if self.is_flipped(step, k) else word
 
 
+def examples(sizes: Mapping[str, int]) -> Iterator[dict[str, Stream]]:
+    """A direction on tensors of these sizes under each law of entries, for comparing other ways to make them."""
+    keys = {name: counter.stream_key("0" * 32, name, "entry") for name in sizes}
+    rows, step, k = Rows("0" * 32, sizes, 3), 5, 2
+    yield {name: Stream(key, step, k) for name, key in keys.items()}
+    yield {name: rows.stream(name, key, step, k) for name, key in keys.items()}
+    yield {name: Stream(key, step, k, places=key ^ 1, stretch=0.5) for name, key in keys.items()}
+
+
 @functools.cache
 def _low_signs(low: int) -> int:
     """The signs on 32 columns whose number is a multiple of 32 and agrees with the row nowhere above its lowest five
