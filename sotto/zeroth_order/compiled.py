@@ -113,7 +113,7 @@ def _call(
         table, place_r = _one_size(stretch, factor), None
     else:
         runs, table = laws.runs(first, first + len(target_e)), laws.stretched(stretch, factor)
-        place_r = laws.places(counter.words(places, step, index, runs.start, runs.stop))
+        place_r = laws.places(counter.words(places, step, index, runs.start, runs.stop)).astype(np.uint32, copy=False)
     function(
         key, step, index, row, low, first_word, table.ctypes.data, None if place_r is None else place_r.ctypes.data,
         first, len(target_e), source_e.ctypes.data, target_e.ctypes.data, torch.get_num_threads(),
