@@ -19,7 +19,7 @@ from sotto.zeroth_order import compiled, laws, processor, walsh
 from sotto.zeroth_order.directions import Directions
 from sotto.zeroth_order.law import LAWS, Law
 
-needs_compiler = pytest.mark.skipif(compiled.loop() is None, reason="no C compiler that works")
+needs_compiler = pytest.mark.skipif(compiled.loop(True) is None, reason="no C compiler that works")
 SIZE = 20 * laws.RUN + 77  # enough for several threads
 
 
@@ -27,6 +27,7 @@ SIZE = 20 * laws.RUN + 77  # enough for several threads
 def anew(monkeypatch):
     """Compiles again for this test, under what it sets."""
     monkeypatch.setattr(compiled, "loop", compiled.loop.__wrapped__)
+    monkeypatch.setattr(compiled, "_library", compiled._library.__wrapped__)
 
 
 def compiler(folder: Path, *lines: str) -> str:
@@ -47,8 +48,8 @@ def moved(kind: str, first: int = 0, in_place: bool = False) -> torch.Tensor:
 @needs_compiler
 @pytest.mark.parametrize("kind", LAWS)
 def test_any_number_of_threads_gives_the_bits_of_numpy(kind, monkeypatch):
-    calls, function, threads = [], compiled.loop(), torch.get_num_threads()
-    monkeypatch.setattr(compiled, "loop", lambda: lambda *args: (calls.append(args[-1]), function(*args)))
+    calls, function, threads = [], compiled.loop(True), torch.get_num_threads()
+    monkeypatch.setattr(compiled, "loop", lambda sized: lambda *args: (calls.append(args[-1]), function(*args)))
     found = []
     try:
         for count in (1, 2, 3):
@@ -57,31 +58,29 @@ def test_any_number_of_threads_gives_the_bits_of_numpy(kind, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert calls == [1, 1, 2, 2, 3, 3]
-    monkeypatch.setattr(compiled, "loop", lambda: None)
+    monkeypatch.setattr(compiled, "loop", lambda sized: None)
     assert all(torch.equal(moved(kind, 45), x) for x in found)
 
 
 @needs_compiler
 def test_a_loop_that_gives_other_numbers_does_not_agree():
-    function = compiled.loop()
-    assert compiled.agrees(function)
-    names = ("key", "step", "index", "row", "low", "first_word", "sizes", "places", "first")
-    for name, wrong in {
-        "key": 1,
-        "step": 1,
-        "index": 1,
-        "low": 1,
-        "first_word": 64,
-        "first": 32,
-        "places": None,
-    }.items():
+    function = compiled.loop(True)
+    assert compiled.agrees(function, False)
+    assert compiled.agrees(function, True)
+    names = ("key", "step", "index", "row", "low", "first_word", "sizes", "places", "stretch", "factor", "first")
+    wrong = {"places": lambda at: None, "factor": lambda x: x * (1 + 1e-6), "stretch": lambda x: x * (1 + 1e-6)}
+    wrong |= {name: lambda number: number ^ 1 for name in ("key", "step", "index", "low")}
+    wrong |= {"first_word": lambda number: number ^ 64, "first": lambda number: number ^ 32}
+    for name, change in wrong.items():
         at = names.index(name)
 
-        def other(*args, at=at, wrong=wrong):
-            function(*args[:at], wrong if wrong is None else args[at] ^ wrong, *args[at + 1 :])
+        def other(*args, at=at, change=change):
+            function(*args[:at], change(args[at]), *args[at + 1 :])
 
-        assert not compiled.agrees(other), name
-    assert not compiled.agrees(lambda *args: None)
+        both = compiled.agrees(other, False), compiled.agrees(other, True)
+        signs_alone, sizes_alone = name in ("low", "first_word"), name == "places"
+        assert both == (sizes_alone, signs_alone), name
+    assert not compiled.agrees(lambda *args: None, False)
 
 
 @needs_compiler
@@ -108,7 +107,7 @@ def test_small_tensors_and_those_with_gaps_are_left_to_numpy():
 def test_what_does_not_compile_or_is_wrong_is_not_used(lines, said, anew, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler(tmp_path, *lines))
     with caplog.at_level(logging.WARNING):
-        assert compiled.loop() is None
+        assert compiled.loop(True) is None
     (record,) = caplog.records
     assert said in record.getMessage()
 
@@ -117,14 +116,14 @@ def test_what_does_not_compile_or_is_wrong_is_not_used(lines, said, anew, tmp_pa
 def test_no_compiler_is_no_news(name, value, anew, monkeypatch, caplog):
     monkeypatch.setenv(name, value)
     with caplog.at_level(logging.WARNING):
-        assert compiled.loop() is None
+        assert compiled.loop(True) is None
     assert not caplog.records
     assert moved("gaussian").isfinite().all()
 
 
 def test_a_name_that_cannot_be_read(anew, monkeypatch, caplog):
     monkeypatch.setenv("CC", '"')
-    assert compiled.loop() is None
+    assert compiled.loop(True) is None
     assert "No closing quotation" in caplog.text
 
 
@@ -132,14 +131,14 @@ def test_a_name_that_cannot_be_read(anew, monkeypatch, caplog):
 def test_a_compiler_without_openmp_makes_a_loop_for_one_thread(anew, tmp_path, monkeypatch, caplog):
     command = compiler(tmp_path, 'case "$*" in *-fopenmp*) exit 1;; esac', 'exec cc "$@"')
     monkeypatch.setenv("CC", f"{command} -O1")
-    assert compiled.loop() is not None
+    assert compiled.loop(True) is not None
     assert not caplog.records
 
 
 @needs_compiler
 def test_nothing_is_left_behind(anew, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert compiled.loop() is not None
+    assert compiled.loop(True) is not None
     assert os.listdir(tmp_path) == []
 
 

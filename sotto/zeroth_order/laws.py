@@ -46,14 +46,14 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 def sizes() -> Integers:
     """(SIZES,) quantiles of the half-normal law at the middle of equal shares, in units of `SCALE`; mean square 1."""
     normal = NormalDist()
-    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * SIZES)) for i in range(SIZES)]
-    stretch = math.sqrt(SIZES / math.fsum(x * x for x in upper)) / SCALE
+    upper = np.fromiter((normal.inv_cdf(0.5 + (i + 0.5) / (2 * SIZES)) for i in range(SIZES)), np.float64, SIZES)
+    stretch = math.sqrt(SIZES / math.fsum(upper * upper)) / SCALE
     order = np.argsort(counter.words(counter.stream_key("", "order of sizes"), 0, 0, 0, SIZES), kind="stable")
-    return np.array([round(stretch * x) for x in upper], dtype=np.int64)[order]
+    return np.rint(stretch * upper).astype(np.int64)[order]
 
 
 @functools.cache
-def _sizes_from_any_place() -> Floats:
+def sizes_from_any_place() -> Floats:
     """(SIZES + RUN,) the sizes, and the first of them once more."""
     table = sizes().astype(np.float32) * np.float32(SCALE)
     return np.concatenate([table, table[:RUN]])
@@ -62,7 +62,7 @@ def _sizes_from_any_place() -> Floats:
 @functools.cache
 def sizes_on(device: torch.device) -> torch.Tensor:
     """(SIZES + RUN,) float32: the sizes, and the first of them once more."""
-    return torch.from_numpy(_sizes_from_any_place()).to(device)  # pyright: ignore[reportUnknownMemberType]
+    return torch.from_numpy(sizes_from_any_place()).to(device)  # pyright: ignore[reportUnknownMemberType]
 
 
 @functools.cache
@@ -81,10 +81,10 @@ def places(words_r: Any) -> Any:
     return words_r & (SIZES - 1)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # a third of a MiB each
 def stretched(stretch: float, factor: float) -> Floats:
     """(SIZES + RUN,) the sizes times one number and then another, rounded after each."""
-    return _times(_sizes_from_any_place(), stretch, factor)
+    return _times(sizes_from_any_place(), stretch, factor)
 
 
 def _times(numbers: Floats, stretch: float, factor: float) -> Floats:
