@@ -191,7 +191,9 @@ def test_every_number_of_the_statement_is_what_was_earned(unit: str, most: int, 
     lost = normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
     assert lost == pytest.approx(made.delta, rel=1e-4)
     text = " ".join(statement.text(guarantee).split())
+    known = made.rdp_epsilon is not None and f"of the planned steps gives {accounting.round_up(made.rdp_epsilon)}."
     for part in (
+        f"Renyi accounting {known or 'is not available for this plan.'}",
         f"trained so that {words} has little influence",
         f"at most {accounting.round_up_figures(math.exp(epsilon))} times other odds",
         f"except with probability {made.delta:g}.",

@@ -254,10 +254,10 @@ def _delta(g: Guarantee) -> list[str]:
 def _accounting(plan: Plan) -> str:
     if plan.pure:
         return "Epsilon is the exact sum over all steps, each amplified by sampling."
-    return (
-        "Epsilon was computed from privacy loss distributions (dp-accounting). Renyi accounting of the planned steps "
-        f"gives {_or_dash(plan.rdp_epsilon)}."
-    )
+    renyi = "is not available for this plan"
+    if plan.rdp_epsilon is not None:
+        renyi = f"of the planned steps gives {accounting.round_up(plan.rdp_epsilon)}"
+    return f"Epsilon was computed from privacy loss distributions (dp-accounting). Renyi accounting {renyi}."
 
 
 def _clipping(plan: Plan) -> str:
@@ -285,10 +285,6 @@ def _clipping(plan: Plan) -> str:
 
 def _paragraph(words: str, indent: str = "  ") -> list[str]:
     return textwrap.wrap(words, width=100, initial_indent=indent, subsequent_indent=indent)
-
-
-def _or_dash(value: float | None) -> str:
-    return "not available" if value is None else accounting.round_up(value)
 
 
 def machine_readable(guarantee: Guarantee, versions: dict[str, str]) -> dict[str, Any]:
